@@ -1,0 +1,513 @@
+"""`cranium <verb> <file.yaml> [key=value ...] [--json] [--debug]`: one door, every option a config key.
+
+Imports of the stages are inside functions: `--help` and `check` answer at once, without torch and Ray. Exit codes are a
+contract: 0 all done, 1 our failure, 2 usage or config, 3 some inputs were rejected or could not be had (the rest is
+done), 130 and 143 on SIGINT and SIGTERM.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from cranium import config
+from cranium.config import Card, Experiment, Machine, UserError
+
+if TYPE_CHECKING:
+    from cranium.flow import Study
+
+app = typer.Typer(
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Ray-distributed experiments on self-supervised brain MRI. The verbs stand in the order data flows.",
+    epilog="Exit codes: 0 done, 1 failed, 2 usage or config, 3 some inputs were rejected, 130/143 stopped.",
+)
+Yaml = Annotated[Path, typer.Argument(metavar="FILE.yaml", help="an experiment, or the card of a cohort")]
+Settings = Annotated[
+    list[str] | None, typer.Argument(metavar="[key=value]...", help="a config key, or store= raw.COHORT= address= ...")
+]
+Json = Annotated[bool, typer.Option("--json", help="print one last line of JSON")]
+Debug = Annotated[bool, typer.Option("--debug", help="show tracebacks")]
+
+
+@dataclass
+class Outcome:
+    """How the command ended; printed by `--json`."""
+
+    code: int
+    facts: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a command is about: an experiment with its cards, and where it happens."""
+
+    path: Path
+    exp: Experiment
+    cards: dict[str, Card]
+    machine: Machine
+
+
+def read_target(path: Path, settings: Sequence[str] | None) -> Target:
+    """Read an experiment, or make a small one of a cohort's card: `ingest datasets/adni.yaml raw=DIR`."""
+    settings, path = list(settings or ()), _shipped(path)
+    content = config.read_yaml(path)
+    if "layout" in content or "access" in content:
+        card = config.load_card(path)
+        settings = [f"raw.{card.name}={s.removeprefix('raw=')}" if s.startswith("raw=") else s for s in settings]
+        facts, keys = _parted(settings)
+        small = {"name": card.name, "ingest": {"cohorts": [card.name]}}
+        exp = config._validated(Experiment, config._merge(small, config._nested(keys)), str(path))
+        return Target(path, exp, {card.name: card}, config.load_machine(facts))
+    facts, keys = _parted(settings)
+    exp = config.load_experiment(path, keys)
+    folder = config.share(path) / "datasets"
+    cards = {name: config.load_card(name, folder) for name in exp.ingest.cohorts}
+    return Target(path, exp, cards, config.load_machine(facts))
+
+
+def _parted(settings: Sequence[str]) -> tuple[list[str], list[str]]:
+    facts = [s for s in settings if config.is_machine_key(s)]
+    return facts, [s for s in settings if not config.is_machine_key(s)]
+
+
+# ---- verbs ----------------------------------------------------------------------------------------------------------
+
+
+def _staged(verb: str, path: Path, settings: list[str] | None, as_json: bool, debug: bool) -> None:
+    def work() -> Outcome:
+        from rich.console import Console
+
+        from cranium import cluster, flow
+
+        target = read_target(path, settings)
+        log = cluster.new_log(target.machine.store)
+        started = time.monotonic()
+        with cluster.quiet(log) as terminal:
+            console = Console(file=terminal.out, highlight=False)
+            study = flow.Study(target.exp, target.machine, target.cards, console)
+            try:
+                with cluster.hold():
+                    getattr(flow, verb)(study)
+            except BaseException:
+                traceback.print_exc()  # into the log
+                raise
+            finally:
+                _farewell(study, log, time.monotonic() - started)
+        facts = {"name": target.exp.name, "made": study.made, "notes": study.notes, "log": str(log)}
+        return Outcome(study.exit_code, {**facts, "missing": study.missing, "seconds": study.seconds})
+
+    _finish(verb, work, as_json, debug)
+
+
+def _farewell(study: Study, log: Path, seconds: float) -> None:
+    say = study.console.print
+    if len(study.seconds) > 1:
+        say("where the time went")
+        for name, spent in sorted(study.seconds.items(), key=lambda item: -item[1]):
+            say(f"  {name:<28} {spent:8.1f} s")
+        say(f"  {'all':<28} {seconds:8.1f} s")
+    for what, why in study.missing.items():
+        say(f"could not be had: {what}: {why}", soft_wrap=True)
+    for note in study.notes:
+        say(f"note: {note}", soft_wrap=True)
+    if report := study.made.get("report"):
+        say(f"report: {report}", soft_wrap=True)
+    say(f"log:    {log}", soft_wrap=True)
+
+
+@app.command()
+def demo(file: Yaml = Path("experiments/demo.yaml"), settings: Settings = None, json: Json = False, debug: Debug = False) -> None:
+    """Make the demo cohorts from real heads."""
+    _staged("demo", file, settings, json, debug)
+
+
+@app.command()
+def ingest(file: Yaml, settings: Settings = None, json: Json = False, debug: Debug = False) -> None:
+    """Scans -> shards of slice stacks."""
+    _staged("ingest", file, settings, json, debug)
+
+
+@app.command()
+def pretrain(file: Yaml, settings: Settings = None, json: Json = False, debug: Debug = False) -> None:
+    """DINOv2 distillation on the stacks."""
+    _staged("pretrain", file, settings, json, debug)
+
+
+@app.command()
+def embed(file: Yaml, settings: Settings = None, json: Json = False, debug: Debug = False) -> None:
+    """Frozen backbones over every stack, once."""
+    _staged("embed", file, settings, json, debug)
+
+
+@app.command()
+def sweep(file: Yaml, settings: Settings = None, json: Json = False, debug: Debug = False) -> None:
+    """The missing cells of the declared grid."""
+    _staged("sweep", file, settings, json, debug)
+
+
+@app.command()
+def report(file: Yaml, settings: Settings = None, json: Json = False, debug: Debug = False) -> None:
+    """One page: tables, figures, what is missing."""
+    _staged("report", file, settings, json, debug)
+
+
+@app.command()
+def run(file: Yaml, settings: Settings = None, json: Json = False, debug: Debug = False) -> None:
+    """All of the above; what is done is skipped."""
+    _staged("run", file, settings, json, debug)
+
+
+SUBMITTED = ("demo", "ingest", "pretrain", "embed", "sweep", "report", "run", "verify", "show")
+
+
+@app.command()
+def submit(
+    verb: Annotated[str, typer.Argument(help=", ".join(SUBMITTED))],
+    file: Yaml,
+    settings: Settings = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """The same, as a job on a running cluster.
+
+    Say where with address=http://HEAD:8265.
+    """
+
+    def work() -> Outcome:
+        if verb not in SUBMITTED:
+            raise UserError("USAGE", f"`{verb}` can't be submitted; one of {', '.join(SUBMITTED)}")
+        return _submitted(verb, read_target(file, settings))
+
+    _finish("submit", work, json, debug)
+
+
+def _submitted(verb: str, target: Target) -> Outcome:
+    from cranium import cluster
+
+    machine = target.machine
+    address = _jobs_address(machine)
+    facts = machine.model_dump(mode="json", exclude={"address", "raw"}, exclude_none=True)
+    arguments = ["experiment.yaml", *(f"{key}={value}" for key, value in facts.items())]
+    arguments += [f"raw.{cohort}={folder.absolute()}" for cohort, folder in machine.raw.items()]
+    files = {f"cranium/share/datasets/{name}.yaml": config.to_yaml(card) for name, card in target.cards.items()}
+    files["experiment.yaml"] = config.to_yaml(target.exp)
+    key = config.fingerprint({"exp": target.exp, "cards": target.cards, "store": machine.store})
+    job, fresh = cluster.submit(address, target.exp.name, verb, key, [*arguments, "--json"], files)
+    print(f"{'submitted' if fresh else 'already under way:'} {job.id}  (Ctrl-C leaves it running)", flush=True)
+    return _followed(address, job.id)
+
+
+def _followed(address: str, job_id: str) -> Outcome:
+    from cranium import cluster
+
+    try:
+        job = cluster.follow(address, job_id, lambda text: print(text, end="", flush=True))
+    except KeyboardInterrupt:
+        print(f"left {job_id} running; `cranium logs {job_id} address={address}` follows it, `cranium stop` ends it")
+        raise
+    code = job.exit_code if job.exit_code is not None else 143 if job.status == "STOPPED" else 1
+    code = 128 - code if code < 0 else code  # killed by a signal: as a shell says it
+    if job.exit_code is None and job.status == "FAILED":
+        raise UserError("JOB", f"{job_id} failed before its command began: {job.message}", 1)
+    print(f"{job_id} {job.status.lower()} with exit code {code}")
+    return Outcome(code, {"job": job_id, "status": job.status})
+
+
+@app.command()
+def status(file: Yaml, settings: Settings = None, json: Json = False, debug: Debug = False) -> None:
+    """What is done, and the jobs at address=."""
+
+    def work() -> Outcome:
+        from cranium import cluster, flow
+
+        target = read_target(file, settings)
+        found = flow.status(target.exp, target.machine)
+        for stage, name, state in found:
+            print(f"{stage:<9} {name:<48} {state}")
+        if not found:
+            print(f"nothing of {target.exp.name} is made yet in {target.machine.store}")
+        jobs = []
+        if target.machine.address:
+            jobs = cluster.jobs(_jobs_address(target.machine), f"{cluster.OURS}{target.exp.name}-")
+            for job in jobs:
+                print(f"job       {job.id:<48} {job.status.lower()} {'' if job.exit_code is None else job.exit_code}")
+        made = [{"stage": stage, "name": name, "state": state} for stage, name, state in found]
+        return Outcome(0, {"made": made, "jobs": [vars(job) for job in jobs]})
+
+    _finish("status", work, json, debug)
+
+
+@app.command()
+def logs(
+    job: Annotated[str, typer.Argument(help="the id `submit` printed, or the experiment's YAML for its last job")],
+    settings: Settings = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """The log of a job, followed while it runs."""
+
+    def work() -> Outcome:
+        address, job_id = _job_named(job, settings)
+        return _followed(address, job_id)
+
+    _finish("logs", work, json, debug)
+
+
+@app.command()
+def stop(
+    job: Annotated[str, typer.Argument(help="the id `submit` printed, or the experiment's YAML for its last job")],
+    settings: Settings = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """End a job; `resume` goes on from there."""
+
+    def work() -> Outcome:
+        from cranium import cluster
+
+        address, job_id = _job_named(job, settings)
+        ended = cluster.stop(address, job_id)
+        print(f"{job_id} {ended.status.lower()}")
+        return Outcome(0 if ended.status in cluster.ENDED else 1, {"job": job_id, "status": ended.status})
+
+    _finish("stop", work, json, debug)
+
+
+@app.command()
+def resume(file: Yaml, settings: Settings = None, json: Json = False, debug: Debug = False) -> None:
+    """Go on with `run`, here or as a job."""
+    address = next((s.removeprefix("address=") for s in settings or () if s.startswith("address=")), "")
+    if (address or os.environ.get("CRANIUM_ADDRESS", "")).startswith("http"):
+        _finish("resume", lambda: _submitted("run", read_target(file, settings)), json, debug)
+    else:
+        _staged("run", file, settings, json, debug)
+
+
+def _jobs_address(machine: Machine) -> str:
+    if not machine.address:
+        raise UserError("NO_ADDRESS", "which cluster? give address=http://HEAD:8265 or set CRANIUM_ADDRESS")
+    return machine.address
+
+
+def _job_named(name: str, settings: list[str] | None) -> tuple[str, str]:
+    from cranium import cluster
+
+    if not name.endswith(".yaml"):
+        return _jobs_address(config.load_machine(settings or ())), name
+    target = read_target(Path(name), settings)
+    address = _jobs_address(target.machine)
+    jobs = cluster.jobs(address, f"{cluster.OURS}{target.exp.name}-")
+    if not jobs:
+        raise UserError("NO_JOB", f"{address} has no job of {target.exp.name}; `cranium submit run {name}` makes one")
+    return address, max(jobs, key=lambda j: j.started).id
+
+
+@app.command()
+def check(
+    files: Annotated[list[Path] | None, typer.Argument(metavar="[FILE.yaml]...", help="default: every YAML")] = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Validate every YAML, in seconds."""
+
+    def work() -> Outcome:
+        root = config.share(Path.cwd() / "any.yaml")
+        paths = files or [
+            path
+            for folder in ("datasets", "experiments")
+            for path in sorted((root / folder).rglob("*.yaml"))
+            if path.parent.name != "base"  # read with the experiments that stand on them
+        ]
+        problems: list[str] = []
+        unverified: list[str] = []
+        for path in paths:
+            try:
+                target = read_target(path, [])
+                _labels_exist(target)
+                unverified += [n for n, card in target.cards.items() if card.layout.unverified and n == path.stem]
+            except UserError as error:
+                problems.append(str(error))
+        for problem in problems:
+            print(f"error CONFIG: {problem}", file=sys.stderr)
+        if unverified:
+            print(f"layouts nobody could verify against the data yet: {', '.join(sorted(set(unverified)))}")
+        print(f"{len(paths)} files checked, {len(problems)} with errors")
+        return Outcome(2 if problems else 0, {"files": len(paths), "errors": problems, "unverified": unverified})
+
+    _finish("check", work, json, debug)
+
+
+def _labels_exist(target: Target) -> None:
+    for task in target.exp.adapt.tasks if target.exp.adapt else ():
+        for cohort in (task.cohort, *task.external):
+            label = target.cards[cohort].labels.get(task.label)
+            if label is None or (unknown := set(task.classes) - set(label.classes)):
+                known = f"label {task.label}" if label is None else f"classes {sorted(unknown)} of {task.label}"
+                raise UserError("CONFIG", f"{target.path}: task {task.name}: the card of {cohort} declares no {known}")
+
+
+@app.command()
+def show(file: Yaml, settings: Settings = None, json: Json = False, debug: Debug = False) -> None:
+    """The resolved config, hash, paths and cost."""
+
+    def work() -> Outcome:
+        target = read_target(file, settings)
+        exp, machine = target.exp, target.machine
+        print(config.to_yaml(exp))
+        cost = _cost(exp)
+        facts = {"hash": config.fingerprint(exp), "store": str(machine.store), "tracking": machine.tracking, **cost}
+        for key, value in facts.items():
+            print(f"# {key}: {value}")
+        return Outcome(0, facts)
+
+    _finish("show", work, json, debug)
+
+
+def _cost(exp: Experiment) -> dict[str, Any]:
+    cost: dict[str, Any] = {"declared cost": exp.cost} if exp.cost else {}
+    if exp.pretrain:
+        runs = len(exp.pretrain.inits)
+        cost["steps"] = runs * exp.pretrain.steps
+        cost["stacks seen"] = cost["steps"] * exp.pretrain.batch_size
+    if exp.sweep and exp.adapt:
+        each = len(exp.adapt.tasks) * len(exp.sweep.init) * len(exp.sweep.label_fractions) * len(exp.sweep.seeds)
+        folds = exp.sweep.folds * exp.sweep.group_by.count("subject")
+        others = [scheme for scheme in exp.sweep.group_by if scheme != "subject"]
+        cost["cells"] = f"{each * folds}" + "".join(f" + {each} for each {scheme}" for scheme in others)
+    return cost
+
+
+@app.command()
+def verify(file: Yaml, settings: Settings = None, json: Json = False, debug: Debug = False) -> None:
+    """Re-check every shard by its SHA-256."""
+
+    def work() -> Outcome:
+        from cranium import flow
+
+        target = read_target(file, settings)
+        checked = flow.verify(target.exp, target.machine)
+        if not checked:
+            raise UserError("NOT_INGESTED", f"no cohort of {target.exp.name} is ingested; run `cranium ingest {file}`")
+        for name, shards in checked.items():
+            print(f"{name}: {shards} shards as written")
+        return Outcome(0, {"shards": checked})
+
+    _finish("verify", work, json, debug)
+
+
+# ---- how a command ends ---------------------------------------------------------------------------------------------
+
+
+class Terminated(BaseException):
+    """SIGTERM, as an exception: contexts are left in order, Ray is shut down, locks are freed."""
+
+
+def _finish(verb: str, work: Callable[[], Outcome], as_json: bool, debug: bool) -> NoReturn:
+    """Run `work`; turn whatever it ends with into one line on stderr and an exit code of the contract."""
+    with _signals() as received:
+        try:
+            outcome = work()
+            error = None
+        except BaseException as raised:
+            if debug:
+                traceback.print_exc()
+            outcome, error = _explained(raised, received())
+    if error:
+        print(error, file=sys.stderr)
+    if as_json:
+        print(json.dumps({"verb": verb, "exit_code": outcome.code, **outcome.facts}, default=str))
+    sys.stdout.flush()
+    raise SystemExit(outcome.code)
+
+
+def _explained(raised: BaseException, received: set[int]) -> tuple[Outcome, str]:
+    if signal.SIGTERM in received or isinstance(raised, Terminated):
+        return Outcome(143, {"error": "TERMINATED"}), "stopped; the same command goes on from here"
+    if signal.SIGINT in received or isinstance(raised, KeyboardInterrupt):
+        return Outcome(130, {"error": "INTERRUPTED"}), "stopped; the same command goes on from here"
+    error = _user_error(raised)
+    if error is None:
+        text = next(iter(str(raised).strip().splitlines()), "")
+        hint = "the log has the traceback, and --debug shows it"
+        error = UserError("FAILED", f"{type(raised).__name__}: {text} ({hint})", 1)
+    message = " ".join(str(error).split())
+    return Outcome(error.exit_code, {"error": error.code, "message": message}), f"error {error.code}: {message}"
+
+
+def _user_error(raised: BaseException) -> UserError | None:
+    """The error a user can mend, found behind what Ray wraps around it."""
+    seen: set[int] = set()
+    current: BaseException | None = raised
+    while current is not None and id(current) not in seen:
+        seen.add(id(current))
+        if isinstance(current, UserError):
+            return current
+        if isinstance(current, OSError) and current.errno == 28:
+            return UserError("NO_SPACE", f"the disk is full ({current.filename}); free some and run the same again", 1)
+        cause = getattr(current, "cause", None)
+        current = cause if isinstance(cause, BaseException) else current.__cause__ or current.__context__
+    return None
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[Callable[[], set[int]]]:
+    """SIGTERM raises; and which signals came is known even where a library swallows them (Ray Train: exit code 0)."""
+
+    def terminate(number: int, frame: object) -> NoReturn:
+        raise Terminated
+
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False), theirs.setblocking(False)
+    before = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
+    handler = signal.signal(signal.SIGTERM, terminate)
+
+    def received() -> set[int]:
+        with contextlib.suppress(BlockingIOError):
+            return set(ours.recv(4096))
+        return set()
+
+    try:
+        yield received
+    finally:
+        signal.set_wakeup_fd(before)
+        signal.signal(signal.SIGTERM, handler)
+        ours.close(), theirs.close()
+
+
+def _shipped(path: Path) -> Path:
+    """The given file, or the one of that name that came with the package."""
+    return shipped if not path.exists() and (shipped := config.share() / path).is_file() else path
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """The console script. Usage errors end in one line and exit code 2."""
+    try:
+        code = app(args=list(sys.argv[1:] if arguments is None else arguments) or ["--help"], prog_name="cranium", standalone_mode=False)
+    except BrokenPipeError:  # `cranium show x.yaml | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        raise SystemExit(141) from None
+    except Exception as error:
+        explain = getattr(error, "format_message", None)  # typer's usage errors
+        if explain is None:
+            raise
+        print(f"error USAGE: {' '.join(explain().split())}; see `cranium --help`", file=sys.stderr)
+        raise SystemExit(2) from None
+    raise SystemExit(code if isinstance(code, int) else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,375 @@
+"""Where Ray starts: a private local cluster, a running one, or a job sent to one. The sole caller of `ray.init`.
+
+Ray, Train, Tune and Data print a lot. `quiet` sends everything that is not ours into one log file.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import os
+import shlex
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+from urllib.parse import urlparse
+
+from cranium.config import Machine, UserError, share
+
+ENVIRONMENT: Mapping[str, str] = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",  # the dashboard's Train tab
+    "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": "1800",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_DEDUP_LOGS": "0",
+    "RAY_COLOR_PREFIX": "0",
+    "RAY_DATA_PARQUET_FOOTER_NUM_ACTORS": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Tune's would end a sweep early and call it a success
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # results are kept by track and the cells themselves
+}
+LOCAL_ENVIRONMENT: Mapping[str, str] = {
+    "RAY_AUTH_MODE": "disabled",  # bound to loopback, in a private folder
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+}
+JOB_ENVIRONMENT: Mapping[str, str] = {
+    "CRANIUM_ADDRESS": "auto",
+    "RAY_JOB_STOP_WAIT_TIME_S": "60",  # from SIGTERM to SIGKILL: time to checkpoint
+}
+GIB = 1 << 30
+OURS = "cranium-"  # submission ids start with it
+ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
+
+
+@dataclass(frozen=True)
+class Connection:
+    """A cluster this process is connected to."""
+
+    address: str
+    num_cpus: float
+    num_gpus: float
+
+
+@dataclass(frozen=True)
+class Terminal:
+    """The user's own stdout and stderr, while file descriptors 1 and 2 point at a log file."""
+
+    out: TextIO
+    err: TextIO
+
+
+@dataclass(frozen=True)
+class Job:
+    id: str
+    status: str  # PENDING, RUNNING, SUCCEEDED, FAILED, STOPPED
+    exit_code: int | None  # of its command, once it has ended
+    message: str = ""
+    started: float = 0.0  # seconds since the epoch
+
+
+# ---- connecting -----------------------------------------------------------------------------------------------------
+
+_held: contextlib.ExitStack | None = None
+
+
+@contextlib.contextmanager
+def hold() -> Iterator[None]:
+    """Within, the first `connect` starts the cluster and it stays up until the end: one start for several stages."""
+    global _held
+    with contextlib.ExitStack() as stack:
+        _held = stack
+        try:
+            yield
+        finally:
+            _held = None
+
+
+@contextlib.contextmanager
+def connect(machine: Machine, *, num_cpus: int | None = None) -> Iterator[Connection]:
+    """Be connected to Ray: a private local cluster, or the running one at `machine.address`.
+
+    Inside another `connect` (or a Ray worker) the same cluster is used and left running. `num_cpus` are logical CPUs of
+    the local cluster; by default a small machine offers more than it has, because Train reserves its workers' share and
+    Data works with what is left. Raises `UserError(NO_CLUSTER)` when nothing answers at the address.
+    """
+    _set_environment(ENVIRONMENT)
+    if not machine.address:
+        _set_environment(LOCAL_ENVIRONMENT)
+    import ray
+
+    with _own_signals():
+        if ray.is_initialized():
+            yield _connection()
+        elif _held is not None:
+            yield _held.enter_context(_started(machine, num_cpus))
+        else:
+            with _started(machine, num_cpus) as connection:
+                yield connection
+
+
+@contextlib.contextmanager
+def _started(machine: Machine, num_cpus: int | None) -> Iterator[Connection]:
+    import ray
+
+    with _attached(machine.address) if machine.address else _private(num_cpus or logical_cpus()):
+        try:
+            yield _connection()
+        finally:
+            ray.shutdown()
+
+
+@contextlib.contextmanager
+def _own_signals() -> Iterator[None]:
+    """Give the caller's handlers back at the end: `ray.init` and Train replace them (Train's ends with exit code 0)."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _private(num_cpus: int) -> Iterator[None]:
+    """A local cluster of our own. A bare `ray.init()` would join any cluster that runs on the machine."""
+    import psutil
+    import ray
+
+    # socket paths may have 107 bytes, so not below a long TMPDIR
+    folder = tempfile.mkdtemp(prefix="cranium-", dir="/tmp" if os.access("/tmp", os.W_OK) else None)
+    total = psutil.virtual_memory().total
+    with _variable("RAY_TMPDIR", folder), _variable("RAY_ADDRESS", None), _variable("PYTHONPATH", _python_path()):
+        try:
+            ray.init(
+                address="local",
+                num_cpus=num_cpus,
+                object_store_memory=min(GIB, total // 8) if total < 32 * GIB else None,
+                include_dashboard=True,  # without it a stopped trial keeps its resources for ever
+                dashboard_host="127.0.0.1",
+                _node_ip_address="127.0.0.1",  # nothing listens beyond this machine
+                log_to_driver=True,
+                _temp_dir=folder,
+            )
+            yield
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _attached(address: str) -> Iterator[None]:
+    """A cluster that runs already; our code travels with us, unless a job has brought it."""
+    import ray
+
+    if address.startswith("http"):
+        raise UserError("ADDRESS", f"{address} takes jobs: use `cranium submit`; to connect, give host:6379 or auto")
+    _set_auth()
+    in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+    runtime_env = {} if in_job else {"py_modules": [str(Path(__file__).parent)], "excludes": ["__pycache__"]}
+    try:
+        ray.init(address=address, runtime_env=runtime_env, log_to_driver=True)
+    except (ConnectionError, RuntimeError, TimeoutError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError("NO_CLUSTER", f"no Ray cluster answers at {address} ({reason[0]})", 1) from error
+    yield
+
+
+def _connection() -> Connection:
+    import ray
+
+    resources = ray.cluster_resources()
+    address = ray.get_runtime_context().gcs_address
+    return Connection(address, resources.get("CPU", 0.0), resources.get("GPU", 0.0))
+
+
+def logical_cpus() -> int:
+    """CPUs a private cluster offers: those of the machine, but at least 4, and up to 8 by counting each twice."""
+    cores = os.cpu_count() or 1
+    return max(4, cores, min(2 * cores, 8))
+
+
+def _python_path() -> str:
+    package = str(Path(__file__).parents[1])
+    return os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+def _set_environment(variables: Mapping[str, str]) -> None:
+    for name, value in variables.items():
+        os.environ.setdefault(name, value)
+
+
+def _set_auth() -> None:
+    """Ray's authentication is always explicit: what the user set, else a token when there is one."""
+    token = Path("~/.ray/auth_token").expanduser().is_file()
+    given = token or "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ
+    os.environ.setdefault("RAY_AUTH_MODE", "token" if given else "disabled")
+
+
+@contextlib.contextmanager
+def _variable(name: str, value: str | None) -> Iterator[None]:
+    before = os.environ.get(name)
+    os.environ.pop(name, None) if value is None else os.environ.__setitem__(name, value)
+    try:
+        yield
+    finally:
+        os.environ.pop(name, None) if before is None else os.environ.__setitem__(name, before)
+
+
+# ---- quiet ----------------------------------------------------------------------------------------------------------
+
+
+def new_log(store: Path) -> Path:
+    """`<store>/logs/<utc time>-<pid>.log`, where this command's noise goes."""
+    return store / "logs" / f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{os.getpid()}.log"
+
+
+@contextlib.contextmanager
+def quiet(log: Path) -> Iterator[Terminal]:
+    """Point file descriptors 1 and 2 (so also those of Ray's processes) at `log`; yield the real terminal."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    sys.stdout.flush(), sys.stderr.flush()
+    with (
+        os.fdopen(os.dup(1), "w", buffering=1) as out,
+        os.fdopen(os.dup(2), "w", buffering=1) as err,
+        log.open("ab", buffering=0) as file,
+    ):
+        os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
+        try:
+            yield Terminal(out, err)
+        finally:
+            sys.stdout.flush(), sys.stderr.flush(), out.flush(), err.flush()
+            os.dup2(out.fileno(), 1), os.dup2(err.fileno(), 2)
+
+
+# ---- jobs -----------------------------------------------------------------------------------------------------------
+
+
+def submit(
+    address: str, name: str, verb: str, key: str, arguments: Sequence[str], files: Mapping[str, str]
+) -> tuple[Job, bool]:
+    """Send `cranium <verb> <arguments>` as a Ray Job with this package and `files` (path -> text); never data.
+
+    `key` identifies the work: while a job of the same name, verb and key is under way it is returned instead
+    (second value False), and a new one is the next attempt.
+    """
+    client = _client(address)
+    prefix = f"{OURS}{name}-{verb}-{hashlib.sha256(key.encode()).hexdigest()[:8]}-"
+    before = jobs(address, prefix)
+    if before and before[-1].status not in ENDED:
+        return before[-1], False
+    attempt = int(before[-1].id.removeprefix(prefix)) + 1 if before else 1
+    local = urlparse(address).hostname in ("127.0.0.1", "localhost", "::1")
+    python = sys.executable if local else "python"  # on another machine: whatever its image calls python
+    with tempfile.TemporaryDirectory(prefix="cranium-job-") as folder:
+        _pack(Path(folder), files)
+        try:
+            client.submit_job(
+                entrypoint=shlex.join([python, "-m", "cranium.cli", verb, *arguments]),
+                submission_id=f"{prefix}{attempt}",
+                runtime_env={"working_dir": folder, "env_vars": {**ENVIRONMENT, **JOB_ENVIRONMENT}},
+                metadata={"name": name, "verb": verb},
+            )
+        except RuntimeError as error:
+            if "already exists" not in str(error):
+                raise UserError("SUBMIT", f"{address} refused the job: {_first_line(error)}", 1) from error
+            return job(address, f"{prefix}{attempt}"), False  # someone submitted the same a moment ago
+    return job(address, f"{prefix}{attempt}"), True
+
+
+def _pack(folder: Path, files: Mapping[str, str]) -> None:
+    package = folder / "cranium"
+    shutil.copytree(Path(__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__", "share"))
+    shutil.copytree(share() / "dashboards", package / "share" / "dashboards", dirs_exist_ok=True)
+    for path, text in files.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text(text)
+
+
+def job(address: str, job_id: str) -> Job:
+    try:
+        info = _client(address).get_job_info(job_id)
+    except RuntimeError as error:
+        raise UserError("NO_JOB", f"{address} knows no job {job_id}") from error
+    return _job(job_id, info)
+
+
+def jobs(address: str, prefix: str = OURS) -> list[Job]:
+    """Our jobs on the cluster whose id starts so, in order of their attempts."""
+    found = [
+        _job(info.submission_id, info)
+        for info in _client(address).list_jobs()
+        if info.submission_id and info.submission_id.startswith(prefix)
+    ]
+    return sorted(found, key=lambda j: (j.id.rpartition("-")[0], int(j.id.rpartition("-")[2])))
+
+
+def _job(job_id: str, info: Any) -> Job:
+    return Job(job_id, str(info.status), info.driver_exit_code, info.message or "", (info.start_time or 0) / 1000)
+
+
+def follow(address: str, job_id: str, echo: Callable[[str], None]) -> Job:
+    """Pass the job's log on as it grows, until the job has ended; survives a lost connection."""
+    shown = 0
+
+    async def tail() -> None:
+        nonlocal shown
+        seen = 0
+        async for chunk in _client(address).tail_job_logs(job_id):
+            new = chunk[max(0, shown - seen) :]  # a new connection starts again from the top
+            seen += len(chunk)
+            if new:
+                echo(new)
+                shown = seen
+
+    misses = 0
+    while True:
+        try:
+            if job(address, job_id).status != "PENDING":
+                asyncio.run(tail())
+            state = job(address, job_id)
+            if state.status in ENDED:
+                return state
+            misses = 0
+        except (OSError, RuntimeError) as error:
+            misses += 1
+            if misses > 10:
+                hint = f"cranium logs {job_id} address={address}"
+                raise UserError("LOST", f"lost {address}: {_first_line(error)}; the job may go on: `{hint}`", 1) from error
+        time.sleep(1.0)
+
+
+def stop(address: str, job_id: str, patience_s: float = 60.0) -> Job:
+    """Ask the job to end (SIGTERM, so it checkpoints) and wait until it has."""
+    if job(address, job_id).status not in ENDED:
+        _client(address).stop_job(job_id)
+    deadline = time.monotonic() + patience_s
+    while (state := job(address, job_id)).status not in ENDED and time.monotonic() < deadline:
+        time.sleep(0.5)
+    return state
+
+
+def _client(address: str) -> Any:
+    _set_auth()
+    from ray.job_submission import JobSubmissionClient
+
+    if not address.startswith("http"):
+        raise UserError("ADDRESS", f"{address}: jobs go to a dashboard, e.g. address=http://127.0.0.1:8265")
+    with _variable("RAY_ADDRESS", None), _variable("RAY_API_SERVER_ADDRESS", None):  # they would win over `address`
+        try:
+            return JobSubmissionClient(address)
+        except (ConnectionError, RuntimeError) as error:
+            raise UserError("NO_CLUSTER", f"no Ray dashboard answers at {address} ({_first_line(error)})", 1) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

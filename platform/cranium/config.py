@@ -1,0 +1,639 @@
+"""Every knob of Cranium, frozen and typed, in the order data flows; and what identifies a piece of work.
+
+YAML in, `Experiment` or `Card` out. Nothing here imports torch, Ray or MLflow, so `cranium check` answers in seconds.
+Fields under `compute:` say how fast work is done, never what comes out, and are left out of every fingerprint;
+machine facts (`Machine`) are never part of a fingerprint at all.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal, Self, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+Contrast = Literal["T1w", "T2w", "FLAIR", "T1ce", "PDw"]
+Init = str  # imagenet | dinov2 | scratch | brainfound | random | covariates | run:<id>
+INITS = ("random", "imagenet", "dinov2", "scratch", "brainfound", "covariates")
+PRETRAINED_HERE: Mapping[str, str] = {"scratch": "random", "brainfound": "dinov2"}  # init -> what its pretraining starts from
+MAX_YAML_BYTES = 1 << 20
+NAME = re.compile(r"[a-z][a-z0-9_]*")
+
+
+class UserError(Exception):
+    """Something the user can mend. Printed as one line `CODE: message`; the command ends with `exit_code`."""
+
+    def __init__(self, code: str, message: str, exit_code: int = 2) -> None:
+        super().__init__(message)
+        self.code = code
+        self.exit_code = exit_code
+
+    def __reduce__(self) -> tuple[Any, ...]:  # crosses process borders (Ray) whole
+        return (type(self), (self.code, str(self), self.exit_code))
+
+
+class Frozen(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+T = TypeVar("T", bound=Frozen)
+
+
+# ---- cohorts -----------------------------------------------------------------------------------------------------
+
+
+class Layout(Frozen):
+    """Where the files of a cohort lie below its raw folder.
+
+    A pattern is a relative path with `{subject}`, `{session}`, `{run}` fields and `[optional]` parts, e.g.
+    `sub-{subject}[/ses-{session}]/anat/sub-{subject}[_ses-{session}]_T1w.nii.gz`.
+    """
+
+    format: Literal["nifti", "dicom"] = "nifti"
+    files: dict[Contrast, tuple[str, ...]] = Field(min_length=1)
+    mask: str | None = None  # brain mask; may hold {contrast} when every contrast has its own grid
+    source: str | None = None  # public description the patterns were taken from
+    unverified: bool = False
+
+    @model_validator(mode="after")
+    def _cited(self) -> Self:
+        if self.source is None and not self.unverified:
+            raise ValueError("cite the public `source` of this layout, or mark it `unverified: true`")
+        return self
+
+
+class Participants(Frozen):
+    """The table of subjects: a TSV or CSV file, which column names the subject, and the columns to keep."""
+
+    file: str = "participants.tsv"
+    subject: str = "participant_id"
+    session: str | None = None
+    columns: dict[str, str] = {}  # our name -> the file's name
+
+
+class Label(Frozen):
+    """A label column and the raw values that make each class, in class order."""
+
+    column: str
+    classes: dict[str, tuple[str, ...]]
+
+
+class Overlap(Frozen):
+    cohort: str
+    reason: str
+    source: str | None = None
+
+
+class Card(Frozen):
+    """One `datasets/*.yaml`: a published collection and how its files become a cohort."""
+
+    name: str = Field(pattern=NAME.pattern)
+    title: str
+    summary: str = ""
+    access: Literal["open", "registration", "agreement", "generated", "yours"]
+    url: str | None = None
+    licence: str
+    citation: str
+    role: str
+    subjects: int | None = None
+    contrasts: tuple[Contrast, ...]
+    layout: Layout
+    participants: Participants | None = None
+    labels: dict[str, Label] = {}
+    groups: tuple[str, ...] = ()  # columns that tie subjects together beyond the subject itself (family, head)
+    overlaps: tuple[Overlap, ...] = ()
+    simulated: bool = False
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if missing := set(self.contrasts) - set(self.layout.files):
+            raise ValueError(f"no file pattern for {sorted(missing)} under layout.files")
+        columns = set(self.participants.columns) if self.participants else set()
+        used = {label.column for label in self.labels.values()} | set(self.groups)
+        if unknown := used - columns:
+            raise ValueError(f"{sorted(unknown)} are not among participants.columns {sorted(columns)}")
+        return self
+
+
+# ---- stages, in the order data flows -------------------------------------------------------------------------------
+
+
+class Compute(Frozen):
+    """How a stage uses the machine. Never shapes a result, so never part of an identity."""
+
+    num_workers: int = Field(1, ge=1)
+    cpus_per_worker: float = Field(1.0, gt=0)
+    gpus_per_worker: float = Field(0.0, ge=0)
+    threads: int | None = Field(None, ge=1)  # torch threads a worker; None: cpus_per_worker
+
+
+class Demo(Frozen):
+    """The demo cohorts, simulated from real heads (`demo.py`)."""
+
+    source: Literal["heads", "template"] = "heads"
+    seed: int = 0
+    subjects_per_cell: int = Field(2, ge=1)  # per head x site x condition x pattern of missing contrasts
+    ssl_subjects_per_head: int = Field(12, ge=1)
+    external_subjects_per_cell: int = Field(2, ge=1)
+    sites: int = Field(2, ge=1, le=4)
+    working_spacing_mm: float = Field(2.0, gt=0.5, le=4)
+    conditions: tuple[Literal["control", "lesion", "atrophy"], ...] = ("control", "lesion", "atrophy")
+
+
+class Preprocessing(Frozen):
+    """How a scan becomes slice stacks. Travels in every manifest and checkpoint; a different one is refused."""
+
+    contrasts: tuple[Contrast, ...] = ("T1w", "T2w", "FLAIR")
+    stack: Literal["contrasts", "neighbours"] = "contrasts"
+    neighbours: int = Field(3, ge=1)  # slices per stack when stack = neighbours
+    size: int = Field(224, ge=28, multiple_of=2)  # pixels, in plane
+    spacing_mm: float = Field(1.0, gt=0)  # in plane
+    slice_spacing_mm: float = Field(1.0, gt=0)
+    percentiles: tuple[float, float] = (0.5, 99.5)  # of the voxels inside the brain mask, per volume
+    mask: Literal["supplied", "otsu"] = "supplied"  # supplied: the cohort's masks; otsu: a classical fallback
+    min_brain: float = Field(0.05, ge=0, le=1)  # keep a slice when at least this share of its pixels is brain
+    channel_map: dict[Contrast, Contrast] = {}  # e.g. {T1w: T1ce}: fill a T1w channel with T1ce, recorded
+    missing: Literal["zero"] = "zero"
+
+    @property
+    def channels(self) -> tuple[str, ...]:
+        return tuple(self.contrasts)
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """[C, S, H, W] of a stack."""
+        if self.stack == "contrasts":
+            return (len(self.contrasts), 1, self.size, self.size)
+        return (1, self.neighbours, self.size, self.size)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.stack == "neighbours" and len(self.contrasts) != 1:
+            raise ValueError("stack: neighbours takes exactly one contrast; name it in `contrasts`")
+        if not 0 <= self.percentiles[0] < self.percentiles[1] <= 100:
+            raise ValueError("percentiles must be two rising numbers between 0 and 100")
+        return self
+
+
+class Ingest(Preprocessing):
+    """`cranium ingest`: cohorts -> shards."""
+
+    cohorts: tuple[str, ...] = ()
+    codec: Literal["none", "lz4", "zstd"] = "none"
+    shard_mb: int = Field(96, ge=1, le=512)
+    compute: Compute = Compute()
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        return Preprocessing(**{name: getattr(self, name) for name in Preprocessing.model_fields})
+
+
+class Stream(Frozen):
+    """The order rows are read in (`volume/plan.py`)."""
+
+    lanes: int = Field(8, ge=1)  # the world size must divide it
+    window_sessions: int = Field(8, ge=1)  # sessions a lane mixes at a time
+    max_rows_per_session: int = Field(2, ge=1)  # in one global batch
+    min_slice_gap: int = Field(1, ge=1)  # between rows of one session in one batch
+    weights: dict[str, float] = {}  # cohort -> share of rows; default: by size
+
+
+class Crops(Frozen):
+    """Views of a stack. Sizes in pixels must be multiples of the patch size."""
+
+    num_global: Literal[2] = 2
+    global_size: int = 224
+    global_scale: tuple[float, float] = (0.32, 1.0)
+    num_local: int = Field(8, ge=0)
+    local_size: int = 98
+    local_scale: tuple[float, float] = (0.05, 0.32)
+    flip_probability: float = Field(0.5, ge=0, le=1)
+    gamma: float = Field(0.3, ge=0)
+    contrast: float = Field(0.2, ge=0)
+    bias_field: float = Field(0.2, ge=0)
+    blur: float = Field(1.0, ge=0)  # largest sigma, pixels
+    noise: float = Field(0.02, ge=0)  # largest standard deviation, of the full range
+    contrast_dropout: float = Field(0.1, ge=0, lt=1)
+    min_foreground: float = Field(0.3, ge=0, lt=1)
+
+
+class Loss(Frozen):
+    """Heads and terms of the DINOv2 objective (Oquab et al. 2023, arXiv 2304.07193)."""
+
+    prototypes: int = Field(65536, ge=2)
+    head_hidden: int = 2048
+    head_bottleneck: int = 256
+    shared_head: bool = True
+    ibot_weight: float = Field(1.0, ge=0)
+    koleo_weight: float = Field(0.1, ge=0)
+    centering: Literal["sinkhorn", "moving"] = "sinkhorn"
+    student_temperature: float = 0.1
+    teacher_temperature: tuple[float, float] = (0.04, 0.07)
+    mask_ratio: tuple[float, float] = (0.1, 0.5)
+    mask_probability: float = 0.5
+
+
+class Optimiser(Frozen):
+    lr: float = Field(1e-3, gt=0)  # at a global batch of 1024, scaled by the square root of batch_size / 1024
+    min_lr: float = 1e-6
+    weight_decay: tuple[float, float] = (0.04, 0.4)
+    momentum: tuple[float, float] = (0.992, 1.0)
+    layer_decay: float = Field(0.9, gt=0, le=1)
+    patch_embed_lr: float = 0.2
+    warmup: float = Field(0.08, ge=0, lt=1)  # share of the steps
+    freeze_last_layer: float = Field(0.01, ge=0, lt=1)  # share of the steps
+    freeze_backbone: float = Field(0.0, ge=0, lt=1)  # share of the steps; warms the heads when continuing
+    temperature_warmup: float = Field(0.24, ge=0, lt=1)
+    clip: float = 3.0
+    beta2: float = 0.999
+
+
+Arch = Literal[
+    "vit_tiny_patch14",
+    "vit_small_patch14_dinov2",
+    "vit_base_patch14_dinov2",
+    "vit_large_patch14_dinov2",
+]
+
+
+class PretrainCompute(Compute):
+    precision: Literal["fp32", "bf16"] = "bf16"
+    compile: bool = False
+    keep_checkpoints: int = Field(2, ge=1)
+    checkpoint_every: int = Field(500, ge=1)  # steps
+    log_every: int = Field(10, ge=1)
+    max_failures: int = Field(2, ge=0)
+    prefetch_batches: int = Field(2, ge=1)
+
+
+class Pretrain(Frozen):
+    """`cranium pretrain`: DINOv2 distillation on the stacks of the named cohorts."""
+
+    cohorts: tuple[str, ...] = Field(min_length=1)
+    inits: tuple[Literal["scratch", "brainfound"], ...] = ("brainfound",)
+    arch: Arch = "vit_large_patch14_dinov2"
+    drop_path: float = Field(0.0, ge=0, lt=1)
+    steps: int = Field(10_000, ge=1)
+    batch_size: int = Field(256, ge=1)  # global, over all workers
+    seed: int = 0
+    crops: Crops = Crops()
+    loss: Loss = Loss()
+    optimiser: Optimiser = Optimiser()
+    compute: PretrainCompute = PretrainCompute()
+
+    @model_validator(mode="after")
+    def _patches(self) -> Self:
+        for name in ("global_size", "local_size"):
+            if getattr(self.crops, name) % 14:
+                raise ValueError(f"crops.{name} must be a multiple of the patch size 14")
+        if self.batch_size % self.compute.num_workers:
+            raise ValueError("batch_size must be a multiple of compute.num_workers")
+        return self
+
+
+class Embed(Frozen):
+    """`cranium embed`: the frozen backbone over every stack, once."""
+
+    features: tuple[Literal["cls", "patch_mean"], ...] = ("cls", "patch_mean")
+    batch_size: int = Field(64, ge=1)
+    seed: int = 0  # of the random initialisation
+    compute: Compute = Compute()
+
+
+class Classification(Frozen):
+    """Subject-level disease detection from slices: `label` and `classes` are names in the cohort's card."""
+
+    task: Literal["classification"] = "classification"
+    name: str = Field(pattern=NAME.pattern)
+    cohort: str
+    label: str
+    classes: tuple[str, ...] = Field(min_length=2)
+    external: tuple[str, ...] = ()
+    pool: Literal["mean"] = "mean"
+
+    @model_validator(mode="after")
+    def _external_is_external(self) -> Self:
+        if self.cohort in self.external:
+            raise ValueError(f"cohort {self.cohort} is named as its own external cohort")
+        return self
+
+
+class Probe(Frozen):
+    """Linear probe; its regularisation is chosen inside the cell's own labelled subjects only."""
+
+    c_grid: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
+    inner_folds: int = Field(3, ge=2)
+
+
+class Adapt(Frozen):
+    tasks: tuple[Classification, ...] = Field(min_length=1)
+    probe: Probe = Probe()
+    covariates: tuple[str, ...] = ("head", "site", "present")  # the covariates-only row
+    accept_leakage: tuple[str, ...] = ()  # e.g. "head:ssl+test": accepted by name, stamped on every report
+
+
+class Sweep(Frozen):
+    """`cranium sweep`: a declared grid. A cell is one Tune trial; no early stopping."""
+
+    init: tuple[Init, ...] = ("random", "scratch")
+    label_fractions: tuple[float, ...] = (0.1, 0.25, 0.5, 1.0)
+    group_by: tuple[str, ...] = ("subject",)  # subject: k folds; a group column: leave one group out
+    folds: int = Field(5, ge=2)
+    seeds: tuple[int, ...] = (0,)
+    compute: Compute = Compute()
+
+    @field_validator("init")
+    @classmethod
+    def _known(cls, inits: tuple[str, ...]) -> tuple[str, ...]:
+        for init in inits:
+            if init not in INITS and not init.startswith("run:"):
+                raise ValueError(f"unknown init {init!r}; expected one of {', '.join(INITS)} or run:<id>")
+        return inits
+
+    @field_validator("label_fractions")
+    @classmethod
+    def _shares(cls, fractions: tuple[float, ...]) -> tuple[float, ...]:
+        if any(not 0 < f <= 1 for f in fractions):
+            raise ValueError("label_fractions are shares of the training subjects, above 0 and at most 1")
+        return tuple(sorted(fractions))
+
+
+class Report(Frozen):
+    title: str | None = None
+    bootstrap: int = Field(2000, ge=100)
+    seed: int = 0
+
+
+class Experiment(Frozen):
+    """One `experiments/*.yaml`."""
+
+    name: str = Field(pattern=NAME.pattern)
+    asks: str = ""  # the question, in a line
+    cost: str = ""
+    demo: Demo | None = None
+    ingest: Ingest
+    stream: Stream = Stream()
+    pretrain: Pretrain | None = None
+    embed: Embed = Embed()
+    adapt: Adapt | None = None
+    sweep: Sweep | None = None
+    report: Report = Report()
+
+    @property
+    def arch(self) -> Arch:
+        return self.pretrain.arch if self.pretrain else "vit_small_patch14_dinov2"
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        named = set(self.ingest.cohorts)
+        wanted: dict[str, Iterable[str]] = {}
+        if self.pretrain:
+            wanted["pretrain.cohorts"] = self.pretrain.cohorts
+            if self.stream.lanes % self.pretrain.compute.num_workers:
+                raise ValueError("stream.lanes must be a multiple of pretrain.compute.num_workers")
+            if self.pretrain.batch_size % self.stream.lanes:
+                raise ValueError("pretrain.batch_size must be a multiple of stream.lanes")
+        for task in self.adapt.tasks if self.adapt else ():
+            wanted[f"task {task.name}"] = (task.cohort, *task.external)
+        for where, cohorts in wanted.items():
+            if missing := sorted(set(cohorts) - named):
+                raise ValueError(f"{where} names {missing}, which ingest.cohorts does not list")
+        if self.sweep and not self.adapt:
+            raise ValueError("a sweep needs `adapt.tasks`")
+        if self.sweep:
+            made = set(self.pretrain.inits) if self.pretrain else set()
+            if absent := sorted(set(self.sweep.init) & set(PRETRAINED_HERE) - made):
+                raise ValueError(f"sweep.init names {absent}, which pretrain.inits does not make")
+        return self
+
+
+class Cell(Frozen):
+    """One point of a declared grid; with its upstream artefacts it is the identity of a result."""
+
+    task: str
+    cohort: str
+    init: Init
+    label_fraction: float
+    scheme: str  # what folds are grouped by: subject, or a group column (leave one group out)
+    fold: int
+    seed: int
+    contrasts: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        init = self.init.replace(":", "_")
+        return f"{self.task}-{init}-{self.scheme}-f{round(self.label_fraction * 1000):04d}-k{self.fold}-s{self.seed}"
+
+
+# ---- machine facts --------------------------------------------------------------------------------------------------
+
+
+class Machine(Frozen, validate_default=True):
+    """Where things are on this machine: from `key=value` or `CRANIUM_*` variables; never hashed."""
+
+    store: Path = Path("cranium-store")
+    cache: Path = Path("~/.cache/cranium")
+    tracking_uri: str | None = None  # default: sqlite below the store
+    address: str | None = None  # of a running Ray cluster; default: a private local one
+    weights: Path | None = None  # DINOv2 weights as a file, instead of timm's hub
+    raw: dict[str, Path] = {}  # cohort -> folder of its files
+
+    @field_validator("store", "cache", "weights")
+    @classmethod
+    def _absolute(cls, path: Path | None) -> Path | None:
+        if path is None:
+            return None
+        if "://" in str(path) or str(path).startswith("s3:/"):
+            raise ValueError(f"{path}: only folders of a (shared) file system can be a store")
+        return path.expanduser().absolute()
+
+    @property
+    def tracking(self) -> str:
+        return self.tracking_uri or f"sqlite:///{self.store / 'mlflow.db'}"
+
+
+MACHINE_KEYS = tuple(Machine.model_fields)
+
+
+# ---- reading --------------------------------------------------------------------------------------------------------
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that refuses a key given twice."""
+
+
+def _no_duplicates(loader: _Loader, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    seen: set[Any] = set()
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+        if key in seen:
+            raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
+        seen.add(key)
+    return loader.construct_mapping(node, deep=deep)
+
+
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _no_duplicates)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML mapping. Raises `UserError` for a file that is absent, too large, unsafe or no mapping."""
+    if not path.is_file():
+        raise UserError("NO_FILE", f"{path} does not exist; give the path of a YAML file, e.g. experiments/demo.yaml")
+    if path.stat().st_size > MAX_YAML_BYTES:
+        raise UserError("YAML_SIZE", f"{path} is larger than {MAX_YAML_BYTES} bytes, which no config is")
+    text = path.read_text(encoding="utf-8-sig")
+    if re.search(r"(?m)(^|[\s:\[{,-])[&*][A-Za-z0-9_]", re.sub(r"(?m)#.*$|\"[^\"]*\"|'[^']*'", "", text)):
+        raise UserError("YAML_ALIAS", f"{path} uses YAML anchors or aliases; write the values out")
+    try:
+        content = yaml.load(text, _Loader)  # noqa: S506  (a SafeLoader)
+    except yaml.YAMLError as error:
+        raise UserError("YAML", f"{path}: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise UserError("YAML", f"{path} holds no mapping; the first line should read `name: ...`")
+    return content
+
+
+def share(start: Path | None = None) -> Path:
+    """The folder that holds `datasets/`, `experiments/`, `dashboards/`.
+
+    The clone a given YAML lies in, else what the wheel installed, else the clone this package runs from.
+    """
+    for folder in (start.absolute().parents if start else ()):
+        if (folder / "pyproject.toml").is_file() and (folder / "datasets").is_dir():
+            return folder
+    installed = Path(__file__).parent / "share"
+    return installed if installed.is_dir() else Path(__file__).parents[2]
+
+
+def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        below = merged.get(key)
+        merged[key] = _merge(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
+    return merged
+
+
+def _with_base(path: Path) -> dict[str, Any]:
+    content = read_yaml(path)
+    if base := content.pop("base", None):
+        below = read_yaml(path.parent / str(base))
+        if "base" in below:
+            raise UserError("BASE", f"{path.parent / str(base)} has a `base:` of its own; one level is allowed")
+        content = _merge(below, content)
+    return content
+
+
+def _validated(model: type[T], content: Mapping[str, Any], where: str) -> T:
+    try:
+        return model.model_validate(content)
+    except ValidationError as error:
+        raise UserError("CONFIG", "; ".join(f"{where}: {_explain(model, e)}" for e in error.errors())) from None
+
+
+def _explain(model: type[Frozen], error: Any) -> str:
+    key = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        known = sorted(_keys(model))
+        near = difflib.get_close_matches(key, known, 1) or difflib.get_close_matches(
+            key.rsplit(".", 1)[-1], [k.rsplit(".", 1)[-1] for k in known], 1
+        )
+        return f"unknown key `{key}`" + (f"; did you mean `{near[0]}`?" if near else "")
+    message = error["msg"].removeprefix("Value error, ")
+    return f"`{key}`: {message}" if key else message
+
+
+def _keys(model: type[BaseModel], prefix: str = "") -> Iterable[str]:
+    for name, field in model.model_fields.items():
+        yield prefix + name
+        for kind in (field.annotation, *get_args(field.annotation)):
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                yield from _keys(kind, f"{prefix}{name}.")
+
+
+def _nested(overrides: Iterable[str]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for item in overrides:
+        key, equals, text = item.partition("=")
+        if not equals or not key:
+            raise UserError("USAGE", f"`{item}` is no setting; write key=value, e.g. pretrain.steps=100")
+        try:
+            value = yaml.load(text, _Loader) if text else None  # noqa: S506
+        except yaml.YAMLError:
+            value = text
+        for part in reversed(key.split(".")):
+            value = {part: value}
+        tree = _merge(tree, value)
+    return tree
+
+
+def load_experiment(path: Path, overrides: Iterable[str] = ()) -> Experiment:
+    """An experiment from YAML, its `base:` below it and `key=value` overrides on top."""
+    return _validated(Experiment, _merge(_with_base(path), _nested(overrides)), str(path))
+
+
+def load_card(name_or_path: str | Path, folder: Path | None = None) -> Card:
+    """A cohort card by path, or by name from `folder` (default: the shipped `datasets/`)."""
+    path = Path(name_or_path)
+    if path.suffix != ".yaml":
+        folder = folder or share() / "datasets"
+        path = folder / f"{name_or_path}.yaml"
+        if not path.is_file():
+            known = sorted(p.stem for p in folder.glob("*.yaml"))
+            near = difflib.get_close_matches(str(name_or_path), known, 1)
+            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
+            raise UserError("NO_COHORT", f"no card {path.name} in {folder}; {hint}")
+    card = _validated(Card, _with_base(path), str(path))
+    if card.name != path.stem:
+        raise UserError("CONFIG", f"{path}: `name` is {card.name}, but cohorts are found by file name; make them equal")
+    return card
+
+
+def load_machine(overrides: Iterable[str] = (), environ: Mapping[str, str] = os.environ) -> Machine:
+    """Machine facts: `key=value` first, then `CRANIUM_<KEY>` (`CRANIUM_RAW_<COHORT>`), then defaults."""
+    content: dict[str, Any] = {}
+    for key in MACHINE_KEYS:
+        if key != "raw" and (value := environ.get(f"CRANIUM_{key.upper()}")):
+            content[key] = value
+    prefix = "CRANIUM_RAW_"
+    content["raw"] = {k.removeprefix(prefix).lower(): v for k, v in environ.items() if k.startswith(prefix)}
+    return _validated(Machine, _merge(content, _nested(overrides)), "machine")
+
+
+def is_machine_key(item: str) -> bool:
+    return item.partition("=")[0].split(".")[0] in MACHINE_KEYS
+
+
+# ---- identity -------------------------------------------------------------------------------------------------------
+
+
+def fingerprint(value: Any) -> str:
+    """SHA-256 (hex) of the canonical JSON of plain values or models, `compute` fields left out."""
+    return hashlib.sha256(canonical(value).encode()).hexdigest()
+
+
+def canonical(value: Any) -> str:
+    return json.dumps(_plain(value), sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, BaseModel):
+        value = value.model_dump(mode="json")
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items() if k != "compute"}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, set | frozenset):
+        return sorted(_plain(v) for v in value)
+    return str(value) if isinstance(value, Path) else value
+
+
+def to_yaml(model: BaseModel) -> str:
+    """The resolved config, every value written out, in the order of the fields."""
+    return yaml.safe_dump(model.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)

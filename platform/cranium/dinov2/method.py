@@ -1,0 +1,300 @@
+"""DINOv2 (Oquab et al., 2023): student, teacher and their losses on one batch of slice stacks."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cranium.dinov2 import centering, crops, draw, losses, masking
+from cranium.dinov2.centering import MovingCentre, Reduce, identity
+from cranium.dinov2.head import Head
+from cranium.models.vit import Backbone
+
+
+@dataclass(frozen=True)
+class MethodSpec:
+    """What defines the objective; schedules are apart."""
+
+    crops: crops.CropSpec = field(default_factory=crops.CropSpec)
+    prototypes: int = 65536
+    head_hidden: int = 2048
+    head_bottleneck: int = 256
+    shared_head: bool = True
+    ibot_weight: float = 1.0
+    koleo_weight: float = 0.1
+    centering: Literal["sinkhorn", "moving"] = "sinkhorn"
+    student_temperature: float = 0.1
+    mask_ratio: tuple[float, float] = (0.1, 0.5)
+    mask_probability: float = 0.5
+
+
+class StudentOutput(NamedTuple):
+    """All that the losses need from a student or teacher."""
+
+    global_logits: Tensor
+    """[V_g, B, K]"""
+    local_logits: Tensor
+    """[V_l, B, K]"""
+    masked_logits: Tensor
+    """[M, K] of the masked patches, in the order of the flat indices."""
+    global_cls: Tensor
+    """[V_g, B, D]"""
+
+
+class Student(nn.Module):
+    """Backbone and heads; one forward gives everything, so that data parallelism wraps just this."""
+
+    def __init__(self, backbone: Backbone, spec: MethodSpec) -> None:
+        super().__init__()
+        self.backbone = backbone
+        shape = (backbone.embed_dim, spec.head_hidden, spec.head_bottleneck, spec.prototypes)
+        self.dino_head = Head(*shape)
+        self.ibot_head = None if spec.shared_head or not spec.ibot_weight else Head(*shape)
+        # Without masked patches nothing reaches the token, and data parallelism wants a gradient for all that
+        # learns.
+        backbone.mask_token.requires_grad_(spec.ibot_weight > 0)
+
+    def forward(
+        self,
+        global_views: Tensor,
+        local_views: Tensor | None = None,
+        masks: Tensor | None = None,
+        masked: Tensor | None = None,
+        global_keep: Tensor | None = None,
+        local_keep: Tensor | None = None,
+    ) -> StudentOutput:
+        """Scores of `global_views` [V_g, B, C*S, g, g] and `local_views` [V_l, B, C*S, l, l].
+
+        `masks` [V_g*B, N] bool are hidden from the backbone (None: nothing is); `masked` [M] int64 are the
+        flat indices into [V_g*B*N] whose patch scores are wanted. Keep masks: see `Backbone.forward`, with
+        V*B rows.
+        """
+        views, batch = global_views.shape[:2]
+        tokens = self.backbone(global_views.flatten(0, 1), masks, global_keep)
+        cls, patches = tokens.cls, tokens.patches.flatten(0, 1)
+        patches = patches[:0] if masked is None else patches[masked]
+        local_cls = cls[:0]
+        if local_views is not None and len(local_views):
+            local_cls = self.backbone(local_views.flatten(0, 1), None, local_keep).cls
+        if self.ibot_head is None:
+            joint = self.dino_head(torch.cat([cls, local_cls, patches]))
+            logits, local_logits, masked_logits = joint.split([len(cls), len(local_cls), len(patches)])
+        else:
+            logits, local_logits = self.dino_head(torch.cat([cls, local_cls])).split(
+                [len(cls), len(local_cls)]
+            )
+            masked_logits = self.ibot_head(patches)
+        return StudentOutput(
+            logits.view(views, batch, -1),
+            local_logits.view(len(local_logits) // batch, batch, logits.shape[-1]),
+            masked_logits,
+            cls.view(views, batch, -1),
+        )
+
+    def cancel_last_layer_grad(self) -> None:
+        """Forget the gradients of all prototypes."""
+        self.dino_head.cancel_last_layer_grad()
+        if self.ibot_head is not None:
+            self.ibot_head.cancel_last_layer_grad()
+
+
+class DINOv2:
+    """Student, EMA teacher and centres. The caller may replace `student` by a data-parallel wrap of it."""
+
+    def __init__(self, student: Student, spec: MethodSpec) -> None:
+        self.student: nn.Module = student
+        self.teacher = copy.deepcopy(student).eval().requires_grad_(False)
+        self.spec = spec
+        device = student.dino_head.prototypes.device
+        self.centres = {name: MovingCentre(spec.prototypes, device=device) for name in ("dino", "ibot")}
+
+    @property
+    def plain_student(self) -> Student:
+        """The student without its data-parallel wrap."""
+        student = getattr(self.student, "module", self.student)
+        assert isinstance(student, Student)
+        return student
+
+    def losses(
+        self,
+        stacks: Tensor,
+        present: Tensor,
+        rows: draw.Rows,
+        step: int,
+        *,
+        seed: int,
+        teacher_temperature: float,
+        reduce: Reduce = identity,
+        gather: Callable[[Tensor], Tensor] = identity,
+        precision: torch.dtype | None = None,
+    ) -> dict[str, Tensor]:
+        """Losses of this worker's `stacks` [B, C, S, H, W] uint8, `present` [B, C], global rows `rows` [B].
+
+        `total` is to be differentiated; its gradients, averaged over workers, are those of the whole batch.
+        The rest is detached and already that of the whole batch: `loss`, `dino_global`, `dino_local`, `ibot`,
+        `koleo` (before their weights), and the health numbers `target_entropy` (nats), `prototypes_used`
+        (share), `feature_std` (1 / sqrt(D) for spread features, 0 for collapsed ones). `reduce` sums a tensor
+        over workers; `gather` concatenates rows over workers and is differentiable (see `losses.koleo`).
+        `precision`: autocast of the networks only.
+        """
+        spec, device = self.spec, stacks.device
+        params = crops.sample(
+            rows, step, seed, spec.crops, contrasts=stacks.shape[1], size=(stacks.shape[3], stacks.shape[4])
+        )
+        views = crops.apply(stacks, present, params, spec.crops)
+        masks, masked, weights = self._masks(rows, step, seed, device)
+        global_keep, local_keep = self._keep(rows, step, seed)
+        with torch.autocast(device.type, precision or torch.bfloat16, enabled=precision is not None):
+            with torch.no_grad():
+                teacher = self.teacher(views[0], None, None, masked)
+            student: StudentOutput = self.student(views[0], views[1], masks, masked, global_keep, local_keep)
+        targets = self._centre("dino", teacher.global_logits.flatten(0, 1), teacher_temperature, reduce)
+        targets = targets.view(spec.crops.num_global, len(rows), -1)
+        pairs = spec.crops.num_global * (spec.crops.num_global - 1 + spec.crops.num_local)
+        warmth = spec.student_temperature
+        crossed = losses.dino(student.global_logits, targets, temperature=warmth, ignore_diagonal=True)
+        terms = {
+            "dino_global": crossed / pairs,
+            "dino_local": losses.dino(student.local_logits, targets, temperature=warmth) / pairs,
+        }
+        if spec.ibot_weight:
+            patch_targets = self._centre("ibot", teacher.masked_logits, teacher_temperature, reduce)
+            terms["ibot"] = losses.ibot(
+                student.masked_logits, patch_targets, weights, len(masks), temperature=warmth
+            )
+        if spec.koleo_weight:
+            # Views apart: the nearest neighbour would else be the other view of the same image.
+            terms["koleo"] = torch.stack([losses.koleo(cls, gather) for cls in student.global_cls]).sum()
+        return self._total(terms, targets, teacher.global_cls, len(rows), reduce)
+
+    def _total(
+        self, terms: dict[str, Tensor], targets: Tensor, cls: Tensor, rows: int, reduce: Reduce
+    ) -> dict[str, Tensor]:
+        factors = {"ibot": self.spec.ibot_weight, "koleo": self.spec.koleo_weight}
+        total = torch.stack([factors.get(name, 1.0) * term for name, term in terms.items()]).sum()
+        detached = torch.stack([total.detach(), *(term.detach() for term in terms.values())])
+        probs = targets.flatten(0, 1)
+        used = probs.new_zeros(probs.shape[-1]).scatter_(0, probs.argmax(dim=-1), 1.0)
+        entropy = torch.special.entr(probs).sum()
+        unit = torch.nn.functional.normalize(cls.flatten(0, 1).float(), dim=-1)
+        pieces = [detached * rows, entropy[None], unit.sum(dim=0), unit.square().sum(dim=0), used]
+        count = torch.tensor([float(rows), 1.0], device=used.device)
+        shared = reduce(torch.cat([count, *pieces]))
+        all_rows, workers = shared[0], shared[1]
+        means, entropy, sums, squares, used = shared[2:].split_with_sizes([len(piece) for piece in pieces])
+        images = all_rows * targets.shape[0]
+        std = (squares / images - (sums / images).square()).clamp(min=0.0).sqrt().mean()
+        report = dict(zip(["loss", *terms], means / all_rows, strict=True))
+        return {
+            # Workers with more rows weigh more: the plain average over workers is then the mean over all
+            # rows.
+            "total": total * (rows * workers / all_rows),
+            **report,
+            "target_entropy": entropy[0] / images,
+            "prototypes_used": (used > 0).float().mean(),
+            "feature_std": std,
+        }
+
+    def _masks(
+        self, rows: draw.Rows, step: int, seed: int, device: torch.device
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Masks [V*B, N], flat indices [M] of their patches, weights [M] that add up to 1 in an image."""
+        spec = self.spec
+        grid = math.isqrt(self.plain_student.backbone.num_patches(spec.crops.global_size))
+        masks = masking.sample(
+            rows,
+            step,
+            seed,
+            grid,
+            views=spec.crops.num_global,
+            ratio=spec.mask_ratio,
+            probability=spec.mask_probability if spec.ibot_weight else 0.0,
+        ).reshape(-1, grid * grid)
+        masked = np.flatnonzero(masks)
+        weights = 1.0 / masks.sum(axis=1)[masked // (grid * grid)]
+        tensors = (
+            torch.from_numpy(masks),
+            torch.from_numpy(masked),
+            torch.from_numpy(weights.astype(np.float32)),
+        )
+        moved = [tensor.to(device, non_blocking=True) for tensor in tensors]
+        return moved[0], moved[1], moved[2]
+
+    def _keep(self, rows: draw.Rows, step: int, seed: int) -> tuple[Tensor | None, Tensor | None]:
+        backbone, count = self.plain_student.backbone, self.spec.crops.num_global
+        if not backbone.drop_path:
+            return None, None
+        views = count + self.spec.crops.num_local
+        keep = draw.keep_rows(
+            rows, step, seed, num_blocks=backbone.num_blocks, rate=backbone.drop_path, views=views
+        ).transpose(0, 1)
+        return keep[:, :count].flatten(1), keep[:, count:].flatten(1)
+
+    def _centre(self, name: str, logits: Tensor, temperature: float, reduce: Reduce) -> Tensor:
+        if self.spec.centering == "sinkhorn":
+            return centering.sinkhorn(logits, temperature, reduce=reduce)
+        return self.centres[name](logits, temperature, reduce)
+
+    @torch.no_grad()
+    def update_teacher(self, momentum: float) -> None:
+        """teacher = momentum * teacher + (1 - momentum) * student."""
+        student = [parameter.detach() for parameter in self.plain_student.parameters()]
+        torch._foreach_lerp_(list(self.teacher.parameters()), student, 1.0 - momentum)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything to checkpoint, as plain tensors: student, teacher, centres."""
+        state = {f"student.{name}": tensor for name, tensor in self.plain_student.state_dict().items()}
+        state |= {f"teacher.{name}": tensor for name, tensor in self.teacher.state_dict().items()}
+        return state | {f"centre.{name}": centre.centre for name, centre in self.centres.items()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restore what `state_dict` gave. RuntimeError or KeyError if anything is missing or does not fit."""
+        for part, module in (("student.", self.plain_student), ("teacher.", self.teacher)):
+            own = {name.removeprefix(part): tensor for name, tensor in state.items() if name.startswith(part)}
+            module.load_state_dict(own)
+        for name, centre in self.centres.items():
+            centre.centre = state[f"centre.{name}"].to(centre.centre.device, copy=True)
+
+
+def parameter_groups(
+    student: Student, weight_decay: float, layer_decay: float, patch_embed_lr: float
+) -> list[dict[str, Any]]:
+    """Optimiser groups for `schedules.apply`: layer-wise learning rates, no decay on vectors.
+
+    A layer's rate is layer_decay ** (layers above it), embeddings lowest and heads at 1; the patch embedding
+    is multiplied by `patch_embed_lr` as well. `weight_decay` is the starting value.
+    """
+    depth = student.backbone.num_blocks
+    groups: dict[tuple[str, float, float], dict[str, Any]] = {}
+    for name, parameter in student.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        part = "backbone" if name.startswith("backbone.") else "head"
+        part = "last_layer" if name.endswith("head.prototypes") else part
+        multiplier = layer_decay ** (depth + 1 - _layer(name, depth))
+        if ".patch_embed." in name:
+            multiplier *= patch_embed_lr
+        decay = 0.0 if parameter.ndim < 2 else 1.0
+        group = groups.setdefault(
+            (part, multiplier, decay),
+            {"params": [], "part": part, "lr_multiplier": multiplier, "decay_multiplier": decay},
+        )
+        group["params"].append(parameter)
+        group["weight_decay"] = weight_decay * decay
+    return list(groups.values())
+
+
+def _layer(name: str, depth: int) -> int:
+    """0 for embeddings, 1..depth for blocks, depth + 1 for the final norm and the heads."""
+    if not name.startswith("backbone."):
+        return depth + 1
+    if ".blocks." in name:
+        return int(name.split(".blocks.")[1].split(".")[0]) + 1
+    return depth + 1 if ".vit.norm." in name else 0

@@ -1,0 +1,197 @@
+"""A frozen backbone over a shard set, once: slice features every probe, fold and fraction then shares.
+
+In: a finished shard set and an initialisation. Out: `<store>/embed/<init>_<cohort>-<hex>/features.parquet`, one row
+per slice stack in the shard set's order; `features` is float16, raw, [D] for `cls` and [D] for `patch_mean`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from cranium import checkpoint, store
+from cranium.config import Embed, Experiment, Machine
+from cranium.store import Artefact
+from cranium.volume import shard
+
+RECIPE = 1
+FEATURES = "features.parquet"
+IDENTITY = ["cohort", "subject", "session", "slice", "present"]
+
+Progress = Callable[[int, int, str], None]
+
+
+def artefact(exp: Experiment, machine: Machine, init: str, shard_set: Artefact, pretrained: Artefact | None) -> Artefact:
+    """Where the features of this initialisation and shard set lie."""
+    manifest = shard_set.manifest()
+    key = {
+        "recipe": RECIPE,
+        "embed": exp.embed,
+        "arch": checkpoint.architecture(init, exp.arch),
+        "init": init,
+        "weights": pretrained.id if pretrained else (machine.weights.name if machine.weights else None),
+        "shards": [entry["sha256"] for entry in manifest["shards"]],
+    }
+    return store.artefact(machine.store, "embed", f"{init.replace(':', '_')}_{manifest['cohort']}", key)
+
+
+def embed(
+    exp: Experiment,
+    machine: Machine,
+    init: str,
+    shard_set: Artefact,
+    pretrained: Artefact | None = None,
+    progress: Progress | None = None,
+) -> Artefact:
+    """Features of every stack of `shard_set` under `init`; returns at once when they are there."""
+    made = artefact(exp, machine, init, shard_set, pretrained)
+    if made.done:
+        return made
+    started = time.monotonic()
+    manifest = shard_set.manifest()
+    channels, slices, size, _ = manifest["shape"]
+    backbone, source = checkpoint.load_backbone(
+        init,
+        arch=exp.arch,
+        in_channels=channels * slices,
+        image_size=size,
+        seed=exp.embed.seed,
+        weights_file=machine.weights,
+        pretrained=pretrained,
+    )
+    if pretrained:
+        _same_preprocessing(pretrained, manifest)
+    with store.lock(machine.store, made.id):
+        made.path.mkdir(parents=True, exist_ok=True)
+        rows = _write(made.path / FEATURES, backbone, shard_set, manifest, exp.embed, progress)
+        if rows != manifest["counts"]["stacks"]:
+            raise RuntimeError(f"{made.path}: {rows} features for {manifest['counts']['stacks']} stacks")
+        store.commit(
+            made.path,
+            {
+                "stage": "embed",
+                "init": init,
+                "cohort": manifest["cohort"],
+                "shard_set": shard_set.id,
+                "channels": manifest["channels"],
+                "source": asdict(source),
+                "dim": backbone.embed_dim * len(exp.embed.features),
+                "rows": rows,
+                "seconds": round(time.monotonic() - started, 3),
+            },
+        )
+    return made
+
+
+def _same_preprocessing(pretrained: Artefact, manifest: dict[str, Any]) -> None:
+    card = checkpoint.read_card(pretrained.path)
+    for key in ("preprocessing_hash", "channels"):
+        if card[key] != manifest[key]:
+            raise store.UserError(
+                "PREPROCESSING",
+                f"{pretrained.id} was trained on {key} {card[key]}, cohort {manifest['cohort']} has {manifest[key]}; "
+                "ingest it with the same settings",
+            )
+
+
+def _write(
+    path: Path, backbone: torch.nn.Module, shard_set: Artefact, manifest: dict[str, Any], spec: Embed, progress: Progress | None
+) -> int:
+    import ray
+    from ray.data import ExecutionOptions
+
+    items = [
+        {"file": str(shard_set.path / entry["file"]), "index": index}
+        for entry in manifest["shards"]
+        for index in range(len(entry["row_groups"]))
+    ]
+    compute = spec.compute
+    dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+        Encoder,
+        fn_constructor_args=(ray.put(backbone), spec.features, spec.batch_size, compute.threads),
+        batch_size=None,
+        batch_format="pyarrow",
+        concurrency=compute.num_workers,
+        num_cpus=compute.cpus_per_worker,
+        num_gpus=compute.gpus_per_worker,
+    )
+    dataset.context.execution_options = ExecutionOptions(preserve_order=True)
+    dataset.context.enable_progress_bars = False
+    total, rows = manifest["counts"]["stacks"], 0
+    writer: pq.ParquetWriter | None = None
+    try:
+        for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
+            writer = writer or pq.ParquetWriter(path, table.schema, compression="none", use_dictionary=False)
+            writer.write_table(table)
+            rows += table.num_rows
+            if progress:
+                progress(rows, total, manifest["cohort"])
+    finally:
+        if writer:
+            writer.close()
+    return rows
+
+
+class Encoder:
+    """A Ray Data actor: row groups in, feature rows out."""
+
+    def __init__(self, backbone: Any, features: tuple[str, ...], batch_size: int, threads: int | None) -> None:
+        import ray
+
+        if threads:
+            torch.set_num_threads(threads)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if isinstance(backbone, ray.ObjectRef):
+            backbone = ray.get(backbone)
+        self.backbone = backbone.to(self.device).eval()
+        self.features, self.batch_size = features, batch_size
+
+    def __call__(self, items: pa.Table) -> pa.Table:
+        return pa.concat_tables(self._row_group(item["file"], item["index"]) for item in items.to_pylist())
+
+    def _row_group(self, file: str, index: int) -> pa.Table:
+        table = shard.read_row_group(Path(file), index)
+        shard.check_rows(table, f"{file}, row group {index}")
+        features = encode(self.backbone, shard.pixels(table), self.features, self.batch_size, self.device)
+        raw = pa.array([row.tobytes() for row in features], pa.binary(features.shape[1] * 2))
+        return table.select(IDENTITY).append_column("features", raw)
+
+
+@torch.inference_mode()
+def encode(
+    backbone: torch.nn.Module, stacks: np.ndarray, features: tuple[str, ...], batch_size: int, device: torch.device
+) -> np.ndarray:
+    """Features float16 [n, len(features) * D] of stacks uint8 [n, C, S, H, W]."""
+    out = []
+    for begin in range(0, len(stacks), batch_size):
+        part = torch.from_numpy(np.array(stacks[begin : begin + batch_size])).to(device)
+        part = fit(part.flatten(1, 2), backbone.patch_size)  # type: ignore[arg-type]
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            tokens = backbone(part.float() / 255)
+        named = {"cls": tokens.cls, "patch_mean": tokens.patches.mean(1)}
+        out.append(torch.cat([named[name].float() for name in features], 1).half().cpu().numpy())
+    return np.concatenate(out)
+
+
+def fit(stacks: torch.Tensor, patch_size: int) -> torch.Tensor:
+    """Centre-crop [B, C, H, W] to a multiple of the patch size (224 is one of 14 and of 16: then unchanged)."""
+    size = stacks.shape[-1]
+    cut = (size % patch_size) // 2
+    keep = size - size % patch_size
+    return stacks[..., cut : cut + keep, cut : cut + keep] if cut or keep != size else stacks
+
+
+def read(folder: Path) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Identity columns and features float16 [rows, dim] of a finished artefact."""
+    table = pq.read_table(folder / FEATURES)
+    columns = {name: np.array(table[name].to_pylist()) for name in IDENTITY}
+    raw = b"".join(table["features"].to_pylist())
+    return columns, np.frombuffer(raw, np.float16).reshape(table.num_rows, -1)

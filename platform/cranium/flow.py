@@ -1,0 +1,510 @@
+"""What spans stages: each verb of the command line on one experiment, `run` for all of them, and what is done already.
+
+A stage whose artefact is there is skipped without starting Ray or MLflow, so a second `run` takes seconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+
+from cranium import cluster, store, track
+from cranium.config import PRETRAINED_HERE, Card, Experiment, Machine, UserError, fingerprint, to_yaml
+from cranium.store import Artefact
+
+if TYPE_CHECKING:
+    from cranium.sweep import Grid
+
+Tell = Callable[[int, int, str], None]
+Features = dict[tuple[str, str], Artefact]
+DEMO_COHORTS = ("demo_ssl", "demo", "demo_external")
+LIVE_SECONDS = 10.0  # how often a running pretraining is sent on to MLflow, and how often a plain log gets a line
+
+
+@dataclass
+class Study:
+    """One command on one experiment: what is asked, where it happens, and what there is to say at the end."""
+
+    exp: Experiment
+    machine: Machine
+    cards: Mapping[str, Card]
+    console: Console
+    notes: list[str] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    made: dict[str, str] = field(default_factory=dict)  # stage and name -> folder
+    missing: dict[str, str] = field(default_factory=dict)  # what could not be had -> why
+    rejected: bool = False
+    tracker: track.Tracker | None = None
+
+    @property
+    def exit_code(self) -> int:
+        return 3 if self.rejected or self.missing else 0
+
+    def note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[Tell]:
+        """A bar with an ETA while the stage works; its time is remembered."""
+        started = time.monotonic()
+        with _bar(self.console, name) as tell:
+            yield tell
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - started
+        self.console.print(f"[green]✓[/] {name:<28} {_clock(time.monotonic() - started)}")
+
+    def skipped(self, name: str) -> None:
+        self.console.print(f"[dim]· {name:<28} done before[/]")
+
+
+@contextlib.contextmanager
+def _bar(console: Console, name: str) -> Iterator[Tell]:
+    if not console.is_terminal:
+        last = [time.monotonic()]
+
+        def line(done: int, total: int, text: str) -> None:
+            if time.monotonic() - last[0] >= LIVE_SECONDS:
+                last[0] = time.monotonic()
+                console.print(f"  {name}: {done}/{total} {text}", highlight=False)
+
+        yield line
+        return
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    ends = (TextColumn("ETA"), TimeRemainingColumn(), TextColumn("[dim]{task.fields[text]}"))
+    with Progress(*columns, *ends, console=console, transient=True) as bars:
+        task = bars.add_task(name, total=None, text="starting")
+        yield lambda done, total, text: bars.update(task, completed=done, total=total, text=text)
+
+
+def _clock(seconds: float) -> str:
+    return f"{int(seconds) // 60:d}:{int(seconds) % 60:02d}" if seconds >= 60 else f"{seconds:.1f} s"
+
+
+# ---- verbs, in the order data flows ---------------------------------------------------------------------------------
+
+
+def demo(study: Study) -> Artefact:
+    """The demo cohorts, made from real heads."""
+    from cranium import demo as maker
+
+    spec = study.exp.demo
+    if spec is None:
+        raise UserError("CONFIG", f"experiment {study.exp.name} has no `demo:`; use experiments/demo.yaml")
+    made = store.artefact(study.machine.store, "demo", "demo", {"recipe": maker.RECIPE, "demo": spec})
+    study.made["demo"] = str(made.path)
+    if made.done:
+        study.skipped("demo")
+    else:
+        with study.stage("demo") as tell, store.lock(study.machine.store, made.id):
+            workers = max(1, (os.cpu_count() or 2))
+            report = maker.make(spec, made.path, study.machine.cache, workers=workers, progress=tell)
+            store.commit(made.path, {"stage": "demo", "lines": report.lines(), **dataclasses.asdict(report)})
+    for line in made.manifest()["lines"]:
+        study.console.print(f"  {line}", highlight=False)
+    return made
+
+
+def ingest(study: Study) -> dict[str, Artefact]:
+    """Every cohort of the experiment as a shard set, by name."""
+    from cranium import ingest as stage
+
+    sets: dict[str, Artefact] = {}
+    for cohort in study.exp.ingest.cohorts:
+        card, raw = study.cards[cohort], _raw(study, cohort)
+        if raw is None:
+            continue
+        name = f"ingest {cohort}"
+        made = _shard_set(study, cohort, raw)
+        if made.done:
+            study.skipped(name)
+        else:
+            with study.stage(name) as tell, cluster.connect(study.machine):
+                stage.ingest(card, raw, study.exp.ingest, study.machine, tell)
+        sets[cohort] = made
+        study.made[name] = str(made.path)
+        _count(study, cohort, made)
+    return sets
+
+
+def _shard_set(study: Study, cohort: str, raw: Path) -> Artefact:
+    from cranium import cohort as cohorts
+    from cranium import ingest as stage
+
+    card, spec = study.cards[cohort], study.exp.ingest
+    key = stage._key(card, spec, cohorts.scan(card, raw))
+    return store.artefact(study.machine.store, "ingest", cohort, key)
+
+
+def _count(study: Study, cohort: str, made: Artefact) -> None:
+    manifest = made.manifest()
+    counts = manifest["counts"]
+    text = f"{counts['stacks']} stacks of {counts['subjects']} subjects from {counts['accepted']} scans"
+    study.console.print(f"  {cohort}: {text}", highlight=False)
+    if counts["rejected"]:
+        study.rejected = True
+        reasons = ", ".join(f"{n} x {code}" for code, n in sorted(manifest["rejections"].items()))
+        table = made.path / "quarantine.parquet"
+        study.note(f"{cohort}: {counts['rejected']} of {counts['scans']} scans rejected ({reasons}); see {table}")
+
+
+def _raw(study: Study, cohort: str) -> Path | None:
+    """The folder of a cohort's files; None for a demo cohort that could not be made."""
+    if given := study.machine.raw.get(cohort):
+        if not given.is_dir():
+            raise UserError("NO_RAW", f"raw.{cohort}={given} is no folder")
+        return given
+    if study.exp.demo is not None and cohort in DEMO_COHORTS:
+        from cranium import demo as maker
+
+        key = {"recipe": maker.RECIPE, "demo": study.exp.demo}
+        made = store.artefact(study.machine.store, "demo", "demo", key)
+        if not made.done:
+            raise UserError("NO_DEMO", "the demo cohorts are not made yet; run `cranium demo` first")
+        if (made.path / cohort).is_dir():
+            return made.path / cohort
+        reasons = dict(made.manifest()["missing"])
+        study.missing[cohort] = str(reasons.get(cohort, "not made"))
+        return None
+    raise UserError("NO_RAW", f"where are the files of cohort {cohort}? give raw.{cohort}=DIR")
+
+
+def ingested(study: Study, cohorts: tuple[str, ...]) -> dict[str, Artefact]:
+    """The finished shard sets of `cohorts`. Raises `UserError(NOT_INGESTED)` naming the command that makes one."""
+    sets: dict[str, Artefact] = {}
+    for cohort in cohorts:
+        raw = _raw(study, cohort)
+        if raw is None:
+            continue
+        made = _shard_set(study, cohort, raw)
+        if not made.done:
+            raise UserError("NOT_INGESTED", f"cohort {cohort} is not ingested with these settings; run `cranium ingest` first")
+        sets[cohort] = made
+    return sets
+
+
+def pretrain(study: Study, sets: Mapping[str, Artefact] | None = None) -> dict[str, Artefact]:
+    """Every pretraining of the experiment, by the initialisation it makes."""
+    from cranium import pretrain as stage
+
+    spec = study.exp.pretrain
+    if spec is None:
+        return {}
+    sets = ingested(study, spec.cohorts) if sets is None else sets
+    corpus = [_had(sets, study, cohort) for cohort in spec.cohorts]
+    results: dict[str, Artefact] = {}
+    for init in spec.inits:
+        name = f"pretrain {init}"
+        made = stage.artefact(study.exp, study.machine, init, corpus)
+        study.made[name] = str(made.path)
+        fresh = not made.done
+        if fresh:
+            _write_resolved(study, made)
+            with study.stage(name) as tell, cluster.connect(study.machine), _without(study, init):
+                stage.pretrain(study.exp, study.machine, init, corpus, _live(study, init, made, tell))
+        else:
+            study.skipped(name)
+        if made.done:
+            results[init] = made
+            _track_pretrain(study, init, made, fresh)
+    return results
+
+
+def embed(
+    study: Study, sets: Mapping[str, Artefact] | None = None, pretrained: Mapping[str, Artefact] | None = None
+) -> Features:
+    """Features of every cohort a task uses under every initialisation of the sweep."""
+    from cranium import embed as stage
+
+    exp = study.exp
+    if exp.sweep is None or exp.adapt is None:
+        raise UserError("CONFIG", f"experiment {exp.name} has no `adapt:` and `sweep:`, so there is nothing to embed for")
+    cohorts = tuple(dict.fromkeys(c for task in exp.adapt.tasks for c in (task.cohort, *task.external)))
+    sets = ingested(study, cohorts) if sets is None else sets
+    pretrained = _pretrained(study) if pretrained is None else pretrained
+    features: Features = {}
+    for init in exp.sweep.init:
+        if init == "covariates" or init in study.missing:
+            continue
+        for cohort in (c for c in cohorts if c in sets):
+            name = f"embed {init} {cohort}"
+            weights = pretrained.get(init)
+            made = stage.artefact(exp, study.machine, init, sets[cohort], weights)
+            if made.done:
+                study.skipped(name)
+            else:
+                with study.stage(name) as tell, cluster.connect(study.machine), _without(study, init):
+                    stage.embed(exp, study.machine, init, sets[cohort], weights, tell)
+            if made.done:
+                features[init, cohort] = made
+                study.made[name] = str(made.path)
+    return features
+
+
+def sweep(study: Study, sets: Mapping[str, Artefact] | None = None, features: Features | None = None) -> Grid:
+    """Every cell of the declared grid that is not there yet."""
+    from cranium import sweep as stage
+
+    if study.exp.sweep is None or study.exp.adapt is None:
+        raise UserError("CONFIG", f"experiment {study.exp.name} has no `adapt:` and `sweep:`")
+    if sets is None:
+        sets = ingested(study, study.exp.ingest.cohorts)
+    features = _embedded(study, sets) if features is None else features
+    exp = _what_there_is(study, sets)
+    grid = stage.declare(exp, study.machine, sets, features)
+    study.made["sweep"] = str(grid.artefact.path)
+    cells = len(grid.missing)
+    if cells or not grid.artefact.done:
+        _write_resolved(study, grid.artefact)
+        with study.stage(f"sweep ({cells} of {len(grid.works)} cells)") as tell, cluster.connect(study.machine):
+            stage.sweep(grid, exp, tell)
+    else:
+        study.skipped(f"sweep ({len(grid.works)} cells)")
+    for stamp in grid.stamps:
+        study.note(f"accepted overlap: {stamp}")
+    _track_sweep(study, grid, fresh=cells > 0)
+    return grid
+
+
+def run(study: Study) -> None:
+    """All that the experiment names, skipping what is done; goes on past rejected scans and weights nobody has."""
+    with cluster.hold():
+        if study.exp.demo is not None:
+            demo(study)
+        sets = ingest(study)
+        pretrained = pretrain(study, sets)
+        if study.exp.sweep is not None:
+            features = embed(study, sets, pretrained)
+            grid = sweep(study, sets, features)
+            report(study, sets, pretrained, grid)
+
+
+# ---- what there is --------------------------------------------------------------------------------------------------
+
+
+def _had(sets: Mapping[str, Artefact], study: Study, cohort: str) -> Artefact:
+    if cohort not in sets:
+        raise UserError("NO_COHORT", f"cohort {cohort} could not be had: {study.missing.get(cohort, 'unknown')}", 1)
+    return sets[cohort]
+
+
+@contextlib.contextmanager
+def _without(study: Study, init: str) -> Iterator[None]:
+    """Weights that can't be had cost their own row, not the experiment; the report and the exit code say so."""
+    try:
+        yield
+    except UserError as error:
+        if error.code != "NO_WEIGHTS":
+            raise
+        study.missing[init] = str(error)
+
+
+def _pretrained(study: Study) -> dict[str, Artefact]:
+    from cranium import pretrain as stage
+
+    spec = study.exp.pretrain
+    if spec is None:
+        return {}
+    sets = ingested(study, spec.cohorts)
+    corpus = [_had(sets, study, cohort) for cohort in spec.cohorts]
+    made = {init: stage.artefact(study.exp, study.machine, init, corpus) for init in spec.inits}
+    if absent := [init for init, result in made.items() if not result.done]:
+        raise UserError("NOT_PRETRAINED", f"{', '.join(absent)} is not pretrained yet; run `cranium pretrain` first")
+    return made
+
+
+def _embedded(study: Study, sets: Mapping[str, Artefact]) -> Features:
+    from cranium import embed as stage
+
+    exp, pretrained, features = study.exp, _pretrained(study), Features()
+    assert exp.sweep and exp.adapt
+    for init in (i for i in exp.sweep.init if i != "covariates"):
+        for cohort in {c for task in exp.adapt.tasks for c in (task.cohort, *task.external)} & set(sets):
+            made = stage.artefact(exp, study.machine, init, sets[cohort], pretrained.get(init))
+            if not made.done:
+                raise UserError("NOT_EMBEDDED", f"{cohort} is not embedded with {init} yet; run `cranium embed` first")
+            features[init, cohort] = made
+    return features
+
+
+def _what_there_is(study: Study, sets: Mapping[str, Artefact]) -> Experiment:
+    """The experiment without initialisations and external cohorts that could not be had."""
+    exp = study.exp
+    assert exp.sweep and exp.adapt
+    inits = tuple(init for init in exp.sweep.init if init not in study.missing)
+    tasks = []
+    for task in exp.adapt.tasks:
+        _had(sets, study, task.cohort)
+        external = tuple(c for c in task.external if c in sets)
+        tasks.append(task.model_copy(update={"external": external}))
+    return exp.model_copy(
+        update={
+            "sweep": exp.sweep.model_copy(update={"init": inits}),
+            "adapt": exp.adapt.model_copy(update={"tasks": tuple(tasks)}),
+        }
+    )
+
+
+def _write_resolved(study: Study, made: Artefact) -> None:
+    store.write_atomic(made.path / "resolved.yaml", to_yaml(study.exp))
+
+
+STAGES = ("demo", "ingest", "pretrain", "embed", "sweep", "report")
+
+
+def status(exp: Experiment, machine: Machine) -> list[tuple[str, str, str]]:
+    """(stage, folder, state) of what lies in the store under this experiment's names, in the order data flows."""
+    cohorts = tuple(f"{cohort}-" for cohort in exp.ingest.cohorts)
+    inits = exp.sweep.init if exp.sweep else ()
+    prefixes = {
+        "demo": ("demo-",) if exp.demo else (),
+        "ingest": cohorts,
+        "pretrain": tuple(f"{exp.name}_{init}-" for init in exp.pretrain.inits) if exp.pretrain else (),
+        "embed": tuple(f"{init.replace(':', '_')}_{cohort}" for init in inits for cohort in cohorts),
+        "sweep": (f"{exp.name}-",),
+        "report": (f"{exp.name}-",),
+    }
+    found = []
+    for stage in STAGES:
+        folder = machine.store / stage
+        for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+            if path.is_dir() and path.name.startswith(prefixes[stage]):
+                found.append((stage, path.name, "done" if Artefact(path).done else "begun"))
+    return found
+
+
+def verify(exp: Experiment, machine: Machine) -> dict[str, int]:
+    """Shard sets of the experiment's cohorts -> how many shards were read and found as written.
+
+    Raises `UserError(SHARD_CORRUPT)` naming each file that is absent or has another SHA-256.
+    """
+    checked, bad = dict[str, int](), []
+    for made in store.find(machine.store, "ingest"):
+        manifest = made.manifest()
+        if manifest["cohort"] not in exp.ingest.cohorts:
+            continue
+        for entry in manifest["shards"]:
+            path = made.path / entry["file"]
+            if not path.is_file() or store.sha256(path) != entry["sha256"]:
+                bad.append(str(path))
+        checked[made.id] = len(manifest["shards"])
+    if bad:
+        raise UserError("SHARD_CORRUPT", f"not as written: {', '.join(bad)}; remove their folder and ingest again", 1)
+    return checked
+
+
+# ---- tracking: never costs the work ---------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _tracking(study: Study) -> Iterator[None]:
+    try:
+        yield
+    except track.TrackingError as error:
+        again = "run the same command again when it answers"
+        study.note(f"MLflow was not reached, so its runs are late ({error}); the journals are kept: {again}")
+
+
+def _tracker(study: Study) -> track.Tracker:
+    study.tracker = study.tracker or track.Tracker(study.machine.tracking, study.exp.name)
+    return study.tracker
+
+
+def _mark(study: Study, made: Artefact) -> Path:
+    """What of an artefact MLflow has: a file per tracking store, so that a second run need not ask."""
+    return study.machine.store / "tracked" / fingerprint(study.machine.tracking)[:8] / f"{made.id.replace('/', '-')}.json"
+
+
+def runs(study: Study, made: Artefact) -> dict[str, str]:
+    """MLflow's run ids of an artefact: `run`, or `run` and one per cell folder. Empty when it was not tracked."""
+    mark = _mark(study, made)
+    return dict(json.loads(mark.read_text())) if mark.is_file() else {}
+
+
+def _tags(study: Study, **more: str) -> dict[str, str]:
+    return {"experiment": study.exp.name, "config": fingerprint(study.exp)[:16], "git": _git(), **more}
+
+
+def _git() -> str:
+    """The commit this package runs from, `-dirty` with changes; its version when it is no clone."""
+    from cranium import __version__
+
+    folder = Path(__file__).parent
+    command = ["git", "-C", str(folder), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    return f"v{__version__}"
+
+
+def _pretrain_run(study: Study, init: str, made: Artefact) -> str:
+    assert study.exp.pretrain
+    manifest = ",".join(Artefact(Path(study.made[f"ingest {c}"])).path.name for c in study.exp.pretrain.cohorts
+                        if f"ingest {c}" in study.made)
+    run = _tracker(study).run(
+        made.id, f"pretrain {init}", _tags(study, stage="pretrain", init=init, manifest=manifest, artefact=made.id)
+    )
+    _tracker(study).params(run, track.flatten(study.exp.pretrain.model_dump(mode="json")))
+    return run
+
+
+def _live(study: Study, init: str, made: Artefact, tell: Tell) -> Tell:
+    """Pass progress on, and every few seconds the journal to MLflow, so that curves can be watched."""
+    state: dict[str, Any] = {"run": None, "next": time.monotonic() + LIVE_SECONDS}
+
+    def both(done: int, total: int, text: str) -> None:
+        tell(done, total, text)
+        if time.monotonic() >= state["next"]:
+            with _tracking(study):
+                state["run"] = state["run"] or _pretrain_run(study, init, made)
+                _tracker(study).replay(state["run"], made.path / "journal")
+            state["next"] = time.monotonic() + LIVE_SECONDS
+
+    return both
+
+
+def _track_pretrain(study: Study, init: str, made: Artefact, fresh: bool) -> None:
+    if _mark(study, made).is_file() and not fresh:
+        return
+    with study.stage(f"track {init}"), _tracking(study):
+        run = _pretrain_run(study, init, made)
+        tracker = _tracker(study)
+        tracker.replay(run, made.path / "journal")
+        tracker.log(run, {"sys/seconds": made.manifest()["seconds"]})
+        tracker.artefact(run, made.path / "resolved.yaml")
+        tracker.finish(run)
+        store.write_atomic(_mark(study, made), json.dumps({"run": run}))
+
+
+def _track_sweep(study: Study, grid: Grid, fresh: bool) -> None:
+    if _mark(study, grid.artefact).is_file() and not fresh:
+        return
+    with study.stage("track sweep") as tell, _tracking(study):
+        tracker = _tracker(study)
+        assert study.exp.sweep
+        parent = tracker.run(
+            grid.artefact.id, f"sweep {study.exp.name}", _tags(study, stage="sweep", artefact=grid.artefact.id)
+        )
+        tracker.params(parent, track.flatten(study.exp.sweep.model_dump(mode="json")))
+        ids, git = {"run": parent}, _git()
+        for done, work in enumerate(grid.works, 1):
+            cell = work.cell.model_dump(mode="json")
+            tags = {k: track.plain(v) for k, v in cell.items()} | {"stage": "adapt", "git": git, **dict(work.tags)}
+            scores = {k: v for k, v in store.read_manifest(work.folder)["metrics"].items() if v is not None}
+            key = Artefact(work.folder).id
+            ids[work.folder.name] = tracker.record(key, work.cell.name, parent, tags, track.flatten(cell), scores)
+            tell(done, len(grid.works), "runs")
+        tracker.log(parent, {"cells": float(len(grid.works))})
+        tracker.artefact(parent, grid.artefact.path / "resolved.yaml")
+        tracker.artefact(parent, grid.artefact.path / "splits.json")
+        tracker.finish(parent)
+        store.write_atomic(_mark(study, grid.artefact), json.dumps(ids))

@@ -1,0 +1,170 @@
+"""Vision transformers: timm's, with input statistics, a mask token and explicit stochastic depth."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import timm
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+RGB_STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+HALF_STATISTICS = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What timm needs to build a backbone, and the statistics its released weights expect."""
+
+    patch_size: int
+    dim: int
+    depth: int
+    heads: int
+    table_size: int | None
+    """Image side in pixels behind the position table; None: the caller's `image_size`."""
+    layer_scale: float | None
+    timm_name: str | None
+    """timm's registered name; None: ours, through timm's class."""
+    statistics: tuple[tuple[float, ...], tuple[float, ...]]
+
+
+def _dinov2(size: str, dim: int, depth: int, heads: int) -> Architecture:
+    return Architecture(14, dim, depth, heads, 518, 1e-5, f"vit_{size}_patch14_dinov2", RGB_STATISTICS)
+
+
+def _imagenet(size: str, dim: int, depth: int, heads: int) -> Architecture:
+    return Architecture(16, dim, depth, heads, 224, None, f"vit_{size}_patch16_224", HALF_STATISTICS)
+
+
+ARCHITECTURES: dict[str, Architecture] = {
+    # LayerScale 0.1 is the choice for a shallow network trained from scratch (CaiT, Touvron et al., 2021).
+    "vit_tiny_patch14": Architecture(14, 192, 6, 3, None, 0.1, None, RGB_STATISTICS),
+    "vit_small_patch14_dinov2": _dinov2("small", 384, 12, 6),
+    "vit_base_patch14_dinov2": _dinov2("base", 768, 12, 12),
+    "vit_large_patch14_dinov2": _dinov2("large", 1024, 24, 16),
+    "vit_small_patch16_224": _imagenet("small", 384, 12, 6),
+    "vit_base_patch16_224": _imagenet("base", 768, 12, 12),
+    "vit_large_patch16_224": _imagenet("large", 1024, 24, 16),
+}
+
+
+class Tokens(NamedTuple):
+    """A backbone's normed output: `cls` [B, D] and `patches` [B, N, D], row by row from the top left."""
+
+    cls: Tensor
+    patches: Tensor
+
+
+def build(
+    arch: str, *, in_channels: int = 3, image_size: int = 224, drop_path: float = 0.0, num_registers: int = 0
+) -> Backbone:
+    """Build a randomly initialised backbone; nothing is downloaded.
+
+    `in_channels` is C * S. `image_size` (pixels) sizes the position table of the architectures that have no
+    fixed one; any size that the patch size divides may be given to `forward`. `drop_path` is the
+    stochastic-depth rate, the same in all blocks. Raises ValueError for an unknown architecture or an
+    impossible size.
+    """
+    if arch not in ARCHITECTURES:
+        raise ValueError(f"unknown architecture {arch!r}; choose one of {', '.join(ARCHITECTURES)}")
+    if in_channels < 1:
+        raise ValueError(f"in_channels must be at least 1, got {in_channels}")
+    if not 0.0 <= drop_path < 1.0:
+        raise ValueError(f"drop_path must be in [0, 1), got {drop_path}")
+    spec = ARCHITECTURES[arch]
+    table_size = spec.table_size or image_size
+    if table_size % spec.patch_size:
+        raise ValueError(
+            f"image_size {table_size} is not a multiple of {arch}'s patch size {spec.patch_size}"
+        )
+    options = {"in_chans": in_channels, "img_size": table_size, "num_classes": 0, "dynamic_img_size": True}
+    if num_registers:
+        # Register weights are released with a table without CLS entry (Darcet et al., 2023).
+        options |= {"reg_tokens": num_registers, "no_embed_class": True}
+    if spec.timm_name is None:
+        options |= {"patch_size": spec.patch_size, "embed_dim": spec.dim, "depth": spec.depth}
+        vit = VisionTransformer(num_heads=spec.heads, init_values=spec.layer_scale, **options)
+    else:
+        vit = timm.create_model(spec.timm_name, pretrained=False, **options)
+    return Backbone(vit, arch=arch, in_channels=in_channels, drop_path=drop_path)
+
+
+class Backbone(nn.Module):
+    """A timm vision transformer with what self-distillation needs around it.
+
+    `mean` and `std` [C*S] belong to the weights and are applied to the input; `mask_token` [D] replaces the
+    embedding of masked patches (iBOT).
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self, vit: VisionTransformer, *, arch: str, in_channels: int, drop_path: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.vit = vit
+        self.arch = arch
+        self.in_channels = in_channels
+        self.drop_path = drop_path
+        self.embed_dim = int(vit.embed_dim)
+        self.num_blocks = len(vit.blocks)
+        self.patch_size = ARCHITECTURES[arch].patch_size
+        self.mask_token = nn.Parameter(torch.zeros(self.embed_dim))
+        mean, std = input_statistics(arch, in_channels)
+        self.register_buffer("mean", mean)
+        self.register_buffer("std", std)
+
+    def num_patches(self, size: int) -> int:
+        """Number of patches of a square image `size` pixels wide. ValueError if they do not tile it."""
+        if size % self.patch_size:
+            raise ValueError(f"image size {size} is not a multiple of the patch size {self.patch_size}")
+        return int(size // self.patch_size) ** 2
+
+    def forward(self, x: Tensor, masks: Tensor | None = None, keep: Tensor | None = None) -> Tokens:
+        """Tokens of `x` [B, C*S, H, W], float in 0..1.
+
+        `masks` [B, N] bool: patches whose embedding is replaced by the mask token. `keep` [2 * num_blocks, B]
+        bool (best on the CPU): which rows pass through each residual branch, attention and MLP in turn; a
+        kept branch is divided by 1 - drop_path (stochastic depth, Huang et al., 2016). None keeps all and
+        divides by nothing.
+        """
+        vit = self.vit
+        x = (x - self.mean[:, None, None]) / self.std[:, None, None]
+        x = vit.patch_embed(x)
+        if masks is not None:
+            token = self.mask_token.to(x.dtype)
+            x = torch.where(masks.view(*x.shape[:3], 1), token, x)
+        x = vit.norm_pre(vit.patch_drop(vit._pos_embed(x)))
+        for index, block in enumerate(vit.blocks):
+            first, second = (None, None) if keep is None else (keep[2 * index], keep[2 * index + 1])
+            x = self._add(x, lambda y, b=block: b.ls1(b.attn(b.norm1(y))), first)  # type: ignore[misc]
+            x = self._add(x, lambda y, b=block: b.ls2(b.mlp(b.norm2(y))), second)  # type: ignore[misc]
+        x = vit.norm(x)
+        return Tokens(x[:, 0], x[:, vit.num_prefix_tokens :])
+
+    def _add(self, x: Tensor, branch: Callable[[Tensor], Tensor], keep: Tensor | None) -> Tensor:
+        """Add a residual branch to the kept rows only: dropped rows cost nothing."""
+        if keep is None or bool(keep.all()):
+            scale = 1.0 if keep is None else 1.0 / (1.0 - self.drop_path)
+            return x + branch(x) * scale if scale != 1.0 else x + branch(x)
+        rows = keep.nonzero()[:, 0].to(x.device)
+        if not len(rows):
+            # One row at weight zero: the branch's parameters still get a (zero) gradient, as data parallelism
+            # needs.
+            return x + 0.0 * branch(x[:1])
+        return x.index_add(0, rows, branch(x[rows]).to(x.dtype), alpha=1.0 / (1.0 - self.drop_path))
+
+
+def input_statistics(arch: str, in_channels: int) -> tuple[Tensor, Tensor]:
+    """Mean and std [in_channels] that go with `weights.inflate_patch_embedding`.
+
+    A multiple of three channels repeats the RGB statistics; any other number uses their grey average.
+    """
+    mean, std = (torch.tensor(values) for values in ARCHITECTURES[arch].statistics)
+    if in_channels % 3:
+        return mean.mean().repeat(in_channels), std.mean().repeat(in_channels)
+    return mean.repeat(in_channels // 3), std.repeat(in_channels // 3)

@@ -1,0 +1,130 @@
+"""Named artefacts on a (shared) file system: `<store>/<stage>/<name>-<8 hex>/`, the manifest committed last.
+
+A folder without `manifest.json` is work in progress and is never read as a result; with it, it is done and its files
+do not change. The hex comes from `config.fingerprint` of what shaped the artefact, so a second run finds the first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cranium.config import UserError, fingerprint
+
+MANIFEST = "manifest.json"
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """One folder of the store. `key` is everything that shaped it; it stands in the manifest under `key`."""
+
+    path: Path
+
+    @property
+    def id(self) -> str:
+        return f"{self.path.parent.name}/{self.path.name}"
+
+    @property
+    def done(self) -> bool:
+        return (self.path / MANIFEST).is_file()
+
+    def manifest(self) -> dict[str, Any]:
+        return read_manifest(self.path)
+
+
+def artefact(store: Path, stage: str, name: str, key: Any) -> Artefact:
+    """Where the artefact of this key lies (it need not exist yet)."""
+    return Artefact(store / stage / f"{name}-{fingerprint(key)[:8]}")
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a finished artefact. Raises `UserError` when absent, unreadable or of another schema."""
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError("NOT_DONE", f"{folder} has no {MANIFEST}: it was never finished; run the stage again") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError("MANIFEST", f"{path} is damaged ({error}); remove its folder and run the stage again") from None
+    if not isinstance(manifest, dict) or manifest.get("schema_version") != SCHEMA_VERSION:
+        version = manifest.get("schema_version") if isinstance(manifest, dict) else None
+        raise UserError("MANIFEST_VERSION", f"{path} has schema version {version}; this Cranium reads {SCHEMA_VERSION}")
+    return manifest
+
+
+def commit(folder: Path, manifest: dict[str, Any]) -> None:
+    """Make the artefact visible: write its manifest, whole or not at all, after everything else is on disk."""
+    write_atomic(folder / MANIFEST, json.dumps({"schema_version": SCHEMA_VERSION, **manifest}, indent=1, sort_keys=True))
+
+
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Write beside, flush to disk, rename over: a reader sees the old file or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = content.encode() if isinstance(content, str) else content
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def discard(folder: Path) -> None:
+    """Remove an artefact, its manifest first, so that nobody reads what is half gone."""
+    (folder / MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=False) if folder.exists() else None
+
+
+@contextlib.contextmanager
+def lock(store: Path, name: str) -> Iterator[None]:
+    """Hold a named lock of the store for this process. Raises `UserError(BUSY)` when another process holds it.
+
+    The kernel frees it when the process dies, so a killed run never leaves a stale lock.
+    """
+    path = store / "locks" / f"{name.replace('/', '-')}.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise UserError("BUSY", f"{name} is being made by {holder}; wait for it, or stop it first") from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {os.uname().nodename}")
+        file.flush()
+        yield
+
+
+def find(store: Path, stage: str) -> list[Artefact]:
+    """Every finished artefact of a stage, by name."""
+    folder = store / stage
+    return [Artefact(p) for p in sorted(folder.iterdir()) if (p / MANIFEST).is_file()] if folder.is_dir() else []
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

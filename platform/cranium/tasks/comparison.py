@@ -1,0 +1,181 @@
+"""From the predictions of cells to points with intervals, and from pairs of points to differences with tests.
+
+A setting is what must be equal for two initialisations to share a chart: task, cohort, contrasts, split scheme.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import NamedTuple
+
+import numpy as np
+
+from .metrics import Undefined, Value, auroc
+from .statistics import (
+    Fold,
+    Interval,
+    Test,
+    bootstrap_difference,
+    bootstrap_interval,
+    corrected_t_test,
+    holm,
+    paired_t_test,
+)
+
+ORDER = ("random", "imagenet", "dinov2", "scratch", "brainfound")  # then run:<id>, and covariates last
+TEST = "test"
+
+
+class Setting(NamedTuple):
+    """The part of a cell that two comparable cells share."""
+
+    task: str
+    cohort: str
+    contrasts: str
+    scheme: str
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One trained probe: where it stands in the grid, its sizes, and its scores on each test set.
+
+    tests: "test" for the held-out fold, else the name of an external cohort -> scores with rows in subject order.
+    """
+
+    setting: Setting
+    init: str
+    label_fraction: float
+    fold: int
+    seed: int
+    n_train: int
+    n_train_positive: int
+    n_test: int
+    tests: Mapping[str, Fold]
+    run_id: str
+    name: str
+
+
+@dataclass(frozen=True)
+class Point:
+    """AUROC of one initialisation at one label fraction on one test set, over its cells (folds x seeds)."""
+
+    setting: Setting
+    init: str
+    label_fraction: float
+    test: str
+    fold_values: tuple[Value, ...]  # one per cell, in the order of `cells`
+    interval: Interval | Undefined
+    cells: tuple[Cell, ...]
+
+    @property
+    def mean(self) -> float | None:
+        """The mean over folds, or None when a fold has no value."""
+        values = [value for value in self.fold_values if not isinstance(value, Undefined)]
+        return float(np.mean(values)) if len(values) == len(self.fold_values) else None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """AUROC of a minus b at one label fraction on held-out folds."""
+
+    setting: Setting
+    a: str
+    b: str
+    label_fraction: float
+    interval: Interval | Undefined  # bootstrap over test groups, models fixed
+    paired: Test | Undefined
+    corrected: Test | Undefined
+    holm: Value | None  # the corrected p adjusted over the family; None outside the primary family
+
+    @property
+    def shown(self) -> bool:
+        """Whether a difference may be claimed: the interval excludes 0 and the adjusted corrected test agrees."""
+        if isinstance(self.interval, Undefined) or not isinstance(self.holm, float):
+            return False
+        return not self.interval.low <= 0 <= self.interval.high and self.holm < 0.05
+
+
+def rank(init: str) -> tuple[int, str]:
+    """Sort key: the same order of initialisations in every chart and table."""
+    if init in ORDER:
+        return ORDER.index(init), init
+    return (len(ORDER) + (init == "covariates")), init
+
+
+def points(cells: Sequence[Cell], resamples: int = 2000) -> list[Point]:
+    """One point per setting, initialisation, label fraction and test set, in chart order."""
+    grouped: dict[tuple[Setting, str, float, str], list[Cell]] = defaultdict(list)
+    for cell in cells:
+        for test in cell.tests:
+            grouped[cell.setting, cell.init, cell.label_fraction, test].append(cell)
+    found = []
+    for key in sorted(grouped, key=lambda k: (k[0], rank(k[1]), k[2], k[3])):
+        members = tuple(sorted(grouped[key], key=lambda cell: (cell.fold, cell.seed)))
+        scores = [cell.tests[key[3]] for cell in members]
+        values = tuple(auroc(score.labels, score.probs) for score in scores)
+        found.append(Point(*key, values, bootstrap_interval(scores, resamples=resamples), members))
+    return found
+
+
+def comparisons(found: Sequence[Point], resamples: int = 2000) -> list[Comparison]:
+    """Every pair of initialisations on held-out folds, at every label fraction.
+
+    The primary family is all pairs at the largest fraction of a setting: Holm adjusts inside it. Smaller fractions
+    are exploratory and carry no adjusted p. Covariates take part: to be no better than the scanner is a finding.
+    """
+    grouped: dict[tuple[Setting, float], list[Point]] = defaultdict(list)
+    for point in found:
+        if point.test == TEST:
+            grouped[point.setting, point.label_fraction].append(point)
+    largest: dict[Setting, float] = {}
+    for setting, fraction in grouped:
+        largest[setting] = max(fraction, largest.get(setting, 0.0))
+    results = []
+    for (setting, fraction), members in sorted(grouped.items(), key=lambda item: (item[0][0], -item[0][1])):
+        pairs = [_compare(a, b, resamples) for b, a in combinations(members, 2)]
+        if fraction == largest[setting]:
+            p_values = [c.corrected if isinstance(c.corrected, Undefined) else c.corrected.p for c in pairs]
+            pairs = [_adjusted(pair, p) for pair, p in zip(pairs, holm(p_values), strict=True)]
+        results += pairs
+    return results
+
+
+def _adjusted(pair: Comparison, p: Value) -> Comparison:
+    return Comparison(
+        pair.setting, pair.a, pair.b, pair.label_fraction, pair.interval, pair.paired, pair.corrected, p
+    )
+
+
+def _compare(a: Point, b: Point, resamples: int) -> Comparison:
+    ours = {(cell.fold, cell.seed): k for k, cell in enumerate(a.cells)}
+    theirs = {(cell.fold, cell.seed): k for k, cell in enumerate(b.cells)}
+    shared = sorted(ours.keys() & theirs.keys())
+    interval: Interval | Undefined = Undefined("no fold in common")
+    paired: Test | Undefined = Undefined("no fold in common")
+    corrected = paired
+    if shared:
+        try:
+            interval = bootstrap_difference(
+                [a.cells[ours[key]].tests[TEST] for key in shared],
+                [b.cells[theirs[key]].tests[TEST] for key in shared],
+                resamples=resamples,
+            )
+        except ValueError as error:
+            interval = Undefined(str(error))
+        by_fold: dict[int, list[tuple[Value, Value]]] = defaultdict(list)
+        for key in shared:
+            by_fold[key[0]].append((a.fold_values[ours[key]], b.fold_values[theirs[key]]))
+        flat = [value for pairs in by_fold.values() for pair in pairs for value in pair]
+        gone = [value for value in flat if isinstance(value, Undefined)]
+        if gone:
+            paired = corrected = gone[0]
+        else:  # seeds of one fold are averaged first: they are no further test sets
+            x = [float(np.mean([pair[0] for pair in pairs])) for pairs in by_fold.values()]  # type: ignore[arg-type]
+            y = [float(np.mean([pair[1] for pair in pairs])) for pairs in by_fold.values()]  # type: ignore[arg-type]
+            n_train = float(np.mean([a.cells[ours[key]].n_train for key in shared]))
+            n_test = float(np.mean([a.cells[ours[key]].n_test for key in shared]))
+            paired, corrected = paired_t_test(x, y), corrected_t_test(x, y, n_train, n_test)
+    return Comparison(a.setting, a.init, b.init, a.label_fraction, interval, paired, corrected, None)

@@ -1,0 +1,196 @@
+"""Metrics of one test set. A metric that has no value says why: it is never NaN or 0 in a mean."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import ndimage, stats
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Undefined:
+    """A value that does not exist, and the reason in words."""
+
+    reason: str
+
+
+Value = float | Undefined
+
+
+def _checked(labels: ArrayLike, probs: ArrayLike) -> tuple[Ints, Floats]:
+    """labels [n] and class scores [n, k]; a vector of binary scores p becomes the columns 1 - p, p."""
+    y, p = np.asarray(labels), np.asarray(probs, dtype=np.float64)
+    if p.ndim == 1:
+        p = np.stack([1 - p, p], axis=1)
+    if y.ndim != 1 or p.ndim != 2 or len(y) != len(p) or p.shape[1] < 2:
+        raise ValueError(f"labels [n] and scores [n, k>=2] needed, got {list(y.shape)} and {list(p.shape)}")
+    if not np.isfinite(p).all():
+        raise ValueError(f"{int((~np.isfinite(p)).any(axis=1).sum())} of {len(p)} score rows are not finite")
+    y = y.astype(np.int64)
+    if len(y) and (y.min() < 0 or y.max() >= p.shape[1]):
+        raise ValueError(f"labels run {y.min()}..{y.max()} but there are {p.shape[1]} classes")
+    return y, p
+
+
+def _absent(y: Ints, num_classes: int) -> Undefined | None:
+    missing = [str(k) for k in range(num_classes) if not (y == k).any()]
+    if missing:
+        return Undefined(f"no subject of class {', '.join(missing)} among {len(y)}")
+    return None
+
+
+def _one_vs_rest(
+    labels: ArrayLike, probs: ArrayLike, score: Callable[[NDArray[np.bool_], Floats], float]
+) -> Value:
+    """Binary: the score of class 1. More classes: the plain mean over classes, each against the rest."""
+    y, p = _checked(labels, probs)
+    absent = _absent(y, p.shape[1])
+    if absent:
+        return absent
+    positives = [1] if p.shape[1] == 2 else range(p.shape[1])
+    return float(np.mean([score(y == k, p[:, k]) for k in positives]))
+
+
+def auroc(labels: ArrayLike, probs: ArrayLike) -> Value:
+    """Area under the ROC curve by ranks, ties counted half; macro one-vs-rest beyond two classes.
+
+    labels [n] ints, probs [n] or [n, k]. Undefined when a class is absent.
+    """
+
+    def by_ranks(positive: NDArray[np.bool_], score: Floats) -> float:
+        n1, n0 = int(positive.sum()), int((~positive).sum())
+        return float((stats.rankdata(score)[positive].sum() - n1 * (n1 + 1) / 2) / (n1 * n0))
+
+    return _one_vs_rest(labels, probs, by_ranks)
+
+
+def aupr(labels: ArrayLike, probs: ArrayLike) -> Value:
+    """Average precision: sum over thresholds of (recall step) x precision; macro beyond two classes."""
+
+    def average_precision(positive: NDArray[np.bool_], score: Floats) -> float:
+        order = np.argsort(-score, kind="stable")
+        hits, ranked = np.cumsum(positive[order]), score[order]
+        last = np.append(ranked[1:] != ranked[:-1], True)  # one threshold per distinct score
+        precision = hits[last] / (np.flatnonzero(last) + 1)
+        return float(np.sum(np.diff(np.append(0, hits[last])) * precision) / positive.sum())
+
+    return _one_vs_rest(labels, probs, average_precision)
+
+
+def balanced_accuracy(labels: ArrayLike, probs: ArrayLike) -> Value:
+    """Mean over classes of the recall of the most probable class. Undefined when a class is absent."""
+    y, p = _checked(labels, probs)
+    absent = _absent(y, p.shape[1])
+    if absent:
+        return absent
+    # A binary tie at 0.5 goes to class 1, as with the threshold p >= 0.5.
+    guess = (p[:, 1] >= p[:, 0]).astype(np.int64) if p.shape[1] == 2 else p.argmax(axis=1)
+    return float(np.mean([(guess[y == k] == k).mean() for k in range(p.shape[1])]))
+
+
+def brier(labels: ArrayLike, probs: ArrayLike) -> Value:
+    """Mean squared error of probabilities: binary (p1 - y)^2 in 0..1, else summed over classes in 0..2."""
+    y, p = _checked(labels, probs)
+    if not len(y):
+        return Undefined("no subjects")
+    if p.shape[1] == 2:
+        return float(np.mean((p[:, 1] - y) ** 2))
+    return float(np.mean(np.sum((p - np.eye(p.shape[1])[y]) ** 2, axis=1)))
+
+
+def ece(labels: ArrayLike, probs: ArrayLike, bins: int = 15) -> Value:
+    """Expected calibration error of the top class over equal-width bins (Guo et al. 2017, equation 3)."""
+    y, p = _checked(labels, probs)
+    if not len(y):
+        return Undefined("no subjects")
+    confidence, correct = p.max(axis=1), p.argmax(axis=1) == y
+    place = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)  # bins are (low, high]
+    gap = np.bincount(place, confidence, bins) - np.bincount(place, correct, bins)
+    return float(np.abs(gap).sum() / len(y))
+
+
+def classification_metrics(labels: ArrayLike, probs: ArrayLike) -> dict[str, Value]:
+    """All of the above by name, for one test set."""
+    return {score.__name__: score(labels, probs) for score in (auroc, aupr, balanced_accuracy, brier, ece)}
+
+
+def weighted_auroc(labels: ArrayLike, probs: ArrayLike, weights: Floats) -> Floats:
+    """AUROC of many resamples at once: weights [r, n] (how often each subject was drawn) -> [r].
+
+    AUROC = w+' S w- / (sum w+ . sum w-) with S[i, j] = 1, 1/2, 0 as positive i scores above, at, below
+    negative j. NaN marks a resample without one of the classes; the bootstrap drops and counts it.
+    """
+    y, p = _checked(labels, probs)
+    positives = [1] if p.shape[1] == 2 else list(range(p.shape[1]))
+    total = np.zeros(len(weights))
+    for k in positives:
+        own, rest = y == k, y != k
+        order = (np.sign(p[own, k][:, None] - p[rest, k][None, :]) + 1) / 2
+        inside, outside = weights[:, own], weights[:, rest]
+        pairs = inside.sum(axis=1) * outside.sum(axis=1)
+        wins = np.einsum("rn,rn->r", inside @ order, outside)
+        total += np.divide(wins, pairs, out=np.full(len(weights), np.nan), where=pairs > 0)
+    return total / len(positives)
+
+
+def by_resample(
+    metric: Callable[[ArrayLike, ArrayLike], Value],
+) -> Callable[[ArrayLike, ArrayLike, Floats], Floats]:
+    """Any metric above in the shape of `weighted_auroc`, by repeating rows (slower)."""
+
+    def resampled(labels: ArrayLike, probs: ArrayLike, weights: Floats) -> Floats:
+        y, p = _checked(labels, probs)
+        values = [metric(np.repeat(y, w), np.repeat(p, w, axis=0)) for w in weights.astype(np.int64)]
+        return np.array([np.nan if isinstance(value, Undefined) else value for value in values])
+
+    return resampled
+
+
+def _masks(truth: ArrayLike, prediction: ArrayLike) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    a, b = np.asarray(truth), np.asarray(prediction)
+    if a.shape != b.shape or a.dtype != np.bool_ or b.dtype != np.bool_:
+        raise ValueError(
+            f"two bool masks of one shape needed, got {a.dtype} {a.shape} and {b.dtype} {b.shape}"
+        )
+    return a, b
+
+
+BOTH_EMPTY = Undefined("nothing to find and nothing found: correct, and left out of the mean")
+
+
+def missed(truth: ArrayLike, prediction: ArrayLike) -> bool:
+    """Whether there was something to find and the prediction is empty; reported beside Dice and HD95."""
+    a, b = _masks(truth, prediction)
+    return bool(a.any() and not b.any())
+
+
+def dice(truth: ArrayLike, prediction: ArrayLike) -> Value:
+    """2 |A and B| / (|A| + |B|) of bool masks; 0 when only one is empty, Undefined when both are."""
+    a, b = _masks(truth, prediction)
+    size = int(a.sum()) + int(b.sum())
+    return 2 * int((a & b).sum()) / size if size else BOTH_EMPTY
+
+
+def hd95(truth: ArrayLike, prediction: ArrayLike, spacing: Sequence[float]) -> Value:
+    """95 % Hausdorff distance in mm: the larger of both directed 95th percentiles between surface voxels.
+
+    spacing: mm per voxel along each axis. When one mask is empty: the image diagonal (the worst case between
+    voxel centres); when both are: Undefined.
+    """
+    a, b = _masks(truth, prediction)
+    if len(spacing) != a.ndim:
+        raise ValueError(f"{a.ndim} axes but {len(spacing)} spacings")
+    if not a.any() and not b.any():
+        return BOTH_EMPTY
+    if not a.any() or not b.any():
+        return float(np.linalg.norm((np.array(a.shape) - 1) * np.asarray(spacing)))
+    edge_a, edge_b = (mask & ~ndimage.binary_erosion(mask) for mask in (a, b))
+    to_b = ndimage.distance_transform_edt(~edge_b, sampling=spacing)[edge_a]
+    to_a = ndimage.distance_transform_edt(~edge_a, sampling=spacing)[edge_b]
+    return float(max(np.percentile(to_b, 95), np.percentile(to_a, 95)))

@@ -1,0 +1,347 @@
+"""Runs, params and metrics: a journal of plain files first, MLflow from it. The sole importer of mlflow.
+
+Whoever computes only appends to a journal; one replayer sends it on, whenever MLflow can be reached. So a tracking
+server that is down costs lateness, never work. mlflow is imported inside functions: it takes seconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+from urllib.parse import urlparse
+
+from cranium.config import UserError
+from cranium.store import write_atomic
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+KEY = "cranium.key"  # the tag that makes creating a run idempotent
+PARENT = "mlflow.parentRunId"
+MAX_METRICS, MAX_PARAMS, MAX_TAGS, MAX_VALUE = 1000, 100, 100, 6000  # MLflow's limits for one batch, one param
+ARTEFACTS = "mlflow-artifacts"  # beside a sqlite database
+
+METRICS: Mapping[str, str] = {
+    "train/loss": "sum of the weighted terms",
+    "train/dino_global": "DINO loss between the global crops",
+    "train/dino_local": "DINO loss of local crops against global ones",
+    "train/ibot": "iBOT loss on masked patches",
+    "train/koleo": "KoLeo: spread of the CLS features",
+    "train/target_entropy": "entropy of the teacher's targets, nats; 0 is collapse",
+    "train/lr": "learning rate of the last block",
+    "train/momentum": "of the teacher",
+    "train/grad_norm": "of the backbone, before clipping",
+    "sys/data_wait_seconds": "of a step, spent waiting for data",
+    "sys/stacks_per_second": "slice stacks through the step, all workers",
+    "sys/seconds": "wall time of a stage",
+    "test/auroc": "area under the ROC curve, macro one-vs-rest, test fold; external/<cohort>/... likewise",
+    "test/aupr": "area under the precision-recall curve, test fold",
+    "test/balanced_accuracy": "mean recall of the classes, test fold",
+}
+
+
+class TrackingError(Exception):
+    """MLflow can't be reached or refuses; the work itself is done and kept."""
+
+
+# ---- journal --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Entry:
+    step: int
+    metrics: Mapping[str, float]
+    time: float  # seconds since the epoch
+    attempt: str
+
+
+class Journal:
+    """Append metrics to a segment of one attempt: `<folder>/<start, ns>-<attempt>.jsonl`, a JSON object a line.
+
+    `resume` is the first step this attempt makes: entries of older segments from there on are void, because the
+    checkpoint it resumed from is older than they are.
+    """
+
+    def __init__(self, folder: Path, attempt: str | None = None, resume: int = 0) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.attempt = attempt or uuid.uuid4().hex[:8]
+        self.path = folder / f"{time.time_ns():020d}-{self.attempt}.jsonl"
+        self._file: TextIO = self.path.open("x", buffering=1)
+        self._write({"resume": resume, "attempt": self.attempt})
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        plain = {name: float(value) for name, value in values.items()}
+        self._write({"step": int(step), "metrics": plain, "time": time.time(), "attempt": self.attempt})
+
+    def _write(self, line: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps(line) + "\n")  # one write a line: the buffer is flushed at its end
+        self._file.flush()
+
+    def close(self) -> None:
+        if not self._file.closed:
+            os.fsync(self._file.fileno())
+            self._file.close()
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def read_journal(folder: Path) -> list[Entry]:
+    """All valid entries in step order: segments oldest first, each cutting its elders at the step it resumed from.
+
+    The last line of a segment may be torn by a kill and is dropped; damage anywhere else raises `UserError(JOURNAL)`.
+    """
+    entries: list[Entry] = []
+    for path in sorted(folder.glob("*.jsonl")) if folder.is_dir() else []:
+        whole = path.read_bytes().split(b"\n")[:-1]  # what follows the last newline is nothing, or torn
+        for number, line in enumerate(whole, 1):
+            try:
+                content = json.loads(line)
+                if "resume" in content:
+                    entries = [entry for entry in entries if entry.step < content["resume"]]
+                else:
+                    entries.append(
+                        Entry(content["step"], content["metrics"], content["time"], content["attempt"])
+                    )
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError("JOURNAL", f"{path}, line {number} is damaged ({error})", 1) from error
+    return sorted(entries, key=lambda entry: entry.step)
+
+
+# ---- MLflow ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Run:
+    id: str
+    key: str
+    name: str
+    status: str
+    tags: Mapping[str, str]
+    params: Mapping[str, str]
+    metrics: Mapping[str, float]
+
+
+class Tracker:
+    """One MLflow experiment. Every method raises `TrackingError` within seconds when MLflow does not answer."""
+
+    def __init__(self, uri: str, experiment: str) -> None:
+        self.uri = uri
+        with _reaching(uri):
+            self._client = _client(uri)
+            self.experiment_id = self._experiment(experiment)
+
+    def _experiment(self, name: str) -> str:
+        with _schema_lock(self.uri):  # two processes that first use a database at once break its schema
+            found = self._client.get_experiment_by_name(name)
+            if found is None:
+                return str(self._client.create_experiment(name, artifact_location=_artefact_location(self.uri)))
+        if found.lifecycle_stage == "deleted":
+            self._client.restore_experiment(found.experiment_id)
+        return str(found.experiment_id)
+
+    def run(self, key: str, name: str, tags: Mapping[str, str], parent: str | None = None) -> str:
+        """The run of this key: found, or made. Restarts never make a second one."""
+        with _reaching(self.uri), _schema_lock(self.uri):
+            found = self._client.search_runs([self.experiment_id], f"tags.`{KEY}` = '{key}'", max_results=1)
+            wanted = {**tags, KEY: key, "mlflow.runName": name, **({PARENT: parent} if parent else {})}
+            if found:
+                run_id = str(found[0].info.run_id)
+                self._batch(run_id, tags={k: v for k, v in wanted.items() if found[0].data.tags.get(k) != v})
+                return run_id
+            return str(self._client.create_run(self.experiment_id, run_name=name, tags=wanted).info.run_id)
+
+    def record(
+        self,
+        key: str,
+        name: str,
+        parent: str,
+        tags: Mapping[str, str],
+        params: Mapping[str, str],
+        metrics: Mapping[str, float],
+    ) -> str:
+        """A whole finished run at once; one that is there is left as it is. For the cells of a grid."""
+        run_id = self.run(key, name, tags, parent)
+        with _reaching(self.uri):
+            now = int(time.time() * 1000)
+            if self._client.get_run(run_id).info.status == "RUNNING":
+                self._batch(run_id, [(k, v, now, 0) for k, v in metrics.items()], params)
+                self._client.set_terminated(run_id, "FINISHED")
+        return run_id
+
+    def params(self, run_id: str, values: Mapping[str, Any]) -> None:
+        """Log params that are not there yet; MLflow's params can't change."""
+        self.log(run_id, params=values)
+
+    def log(
+        self,
+        run_id: str,
+        metrics: Mapping[str, float] | None = None,
+        tags: Mapping[str, str] | None = None,
+        params: Mapping[str, Any] | None = None,
+        step: int = 0,
+    ) -> None:
+        """Metrics, tags and params at once. A metric that has this value already is not logged again."""
+        with _reaching(self.uri):
+            data = self._client.get_run(run_id).data
+            now = int(time.time() * 1000)
+            self._batch(
+                run_id,
+                [(k, float(v), now, step) for k, v in (metrics or {}).items() if data.metrics.get(k) != float(v)],
+                {k: str(v) for k, v in (params or {}).items() if k not in data.params},
+                {k: str(v) for k, v in (tags or {}).items() if data.tags.get(k) != str(v)},
+            )
+
+    def _batch(
+        self,
+        run_id: str,
+        metrics: list[tuple[str, float, int, int]] | None = None,
+        params: Mapping[str, str] | None = None,
+        tags: Mapping[str, str] | None = None,
+    ) -> None:
+        from mlflow.entities import Metric, Param, RunTag
+
+        points = [Metric(*point) for point in metrics or []]
+        pairs = [Param(k, v[:MAX_VALUE]) for k, v in (params or {}).items()]
+        labels = [RunTag(k, v[:MAX_VALUE]) for k, v in (tags or {}).items()]
+        while points or pairs or labels:
+            room = MAX_METRICS - len(pairs[:MAX_PARAMS]) - len(labels[:MAX_TAGS])  # 1000 entities in all
+            self._client.log_batch(run_id, points[:room], pairs[:MAX_PARAMS], labels[:MAX_TAGS])
+            points, pairs, labels = points[room:], pairs[MAX_PARAMS:], labels[MAX_TAGS:]
+
+    def replay(self, run_id: str, folder: Path) -> int:
+        """Send what the journal in `folder` holds and this run lacks; return how many points were sent.
+
+        `<folder>/sent.json` remembers the last step sent of every metric, under an exclusive lock: nothing is sent
+        twice, also when an attempt repeats steps that an earlier one had already reported.
+        """
+        entries = read_journal(folder)
+        if not entries:
+            return 0
+        with _reaching(self.uri), _exclusive(folder / "sent.lock"):
+            marks_path = folder / "sent.json"
+            remembered = json.loads(marks_path.read_text()) if marks_path.is_file() else {}
+            marks: dict[str, int] = remembered.setdefault(f"{self.uri} {run_id}", {})
+            points = [
+                (name, value, int(entry.time * 1000), entry.step)
+                for entry in entries
+                for name, value in entry.metrics.items()
+                if entry.step > marks.get(name, -1)
+            ]
+            for start in range(0, len(points), MAX_METRICS):
+                chunk = points[start : start + MAX_METRICS]
+                self._batch(run_id, chunk)  # if we die here, the same points come again: MLflow knows them by time
+                marks.update({name: step for name, _, _, step in chunk})
+                write_atomic(marks_path, json.dumps(remembered, sort_keys=True))
+            return len(points)
+
+    def artefact(self, run_id: str, path: Path) -> None:
+        """Attach a file, or the files of a folder."""
+        with _reaching(self.uri):
+            log = self._client.log_artifacts if path.is_dir() else self._client.log_artifact
+            log(run_id, str(path))
+
+    def finish(self, run_id: str, status: str = "FINISHED") -> None:
+        """End a run: FINISHED, FAILED or KILLED. A finished run stays as it is."""
+        with _reaching(self.uri):
+            if self._client.get_run(run_id).info.status != status:
+                self._client.set_terminated(run_id, status)
+
+    def children(self, parent: str) -> list[Run]:
+        """The runs below `parent`, oldest first."""
+        with _reaching(self.uri):
+            runs: list[Run] = []
+            token: str | None = None
+            while True:
+                page = self._client.search_runs(
+                    [self.experiment_id], f"tags.`{PARENT}` = '{parent}'", order_by=["start_time ASC"], page_token=token
+                )
+                runs += [_run(found) for found in page]
+                token = page.token
+                if not token:
+                    return runs
+
+
+def _run(found: Any) -> Run:
+    info, data = found.info, found.data
+    return Run(
+        str(info.run_id), data.tags.get(KEY, ""), str(info.run_name), str(info.status), data.tags, data.params, data.metrics
+    )
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested plain values as `a.b.c -> text`, which is what MLflow's params are."""
+    flat: dict[str, str] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = plain(value)
+    return flat
+
+
+def plain(value: Any) -> str:
+    """A value as a tag or param: text as it is, lists joined by commas, the rest as JSON."""
+    if isinstance(value, str):
+        return value
+    return ",".join(map(plain, value)) if isinstance(value, list | tuple) else json.dumps(value)
+
+
+def _client(uri: str) -> MlflowClient:
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    if database := _sqlite(uri):
+        database.parent.mkdir(parents=True, exist_ok=True)
+    from mlflow import MlflowClient
+
+    with _schema_lock(uri):
+        return MlflowClient(tracking_uri=uri)  # makes the schema of a new sqlite database: seconds, once
+
+
+def _sqlite(uri: str) -> Path | None:
+    return Path(urlparse(uri).path[1:]) if uri.startswith("sqlite:///") else None
+
+
+def _artefact_location(uri: str) -> str | None:
+    """Beside a sqlite database; a server knows its own. MLflow's default would be the current folder."""
+    database = _sqlite(uri)
+    return (database.parent / ARTEFACTS).absolute().as_uri() if database else None
+
+
+@contextlib.contextmanager
+def _schema_lock(uri: str) -> Iterator[None]:
+    database = _sqlite(uri)
+    with _exclusive(database.with_suffix(".lock")) if database else contextlib.nullcontext():
+        yield
+
+
+@contextlib.contextmanager
+def _exclusive(path: Path) -> Iterator[None]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@contextlib.contextmanager
+def _reaching(uri: str) -> Iterator[None]:
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        yield
+    except (MlflowException, SQLAlchemyError, OSError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise TrackingError(f"MLflow at {uri} does not take it: {reason}") from error

@@ -1,0 +1,77 @@
+"""What can be wrong with a scan: the codes, and how reading and normalising say so.
+
+Every scan ends as accepted, accepted with notes, or rejected with one code; the counts add up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+REJECTIONS: Mapping[str, str] = {
+    "IO": "cannot be read, or changed while it was read",
+    "NOT_REGULAR": "not a regular file below the raw folder",
+    "NOT_NIFTI": "no NIfTI file",
+    "EXT_MISMATCH": "the file's name and its content disagree on compression",
+    "GZ_TRUNCATED": "the gzip stream ends early",
+    "GZ_CRC": "the gzip stream is damaged",
+    "GZ_TRAILING": "bytes follow the gzip stream",
+    "BOMB": "unpacks to more than its header declares",
+    "HEADER_INVALID": "the header contradicts itself",
+    "DIMS_LIMIT": "declares more voxels than allowed, or than the file holds",
+    "DIMS_INVALID": "an axis of zero, one or a negative number of voxels",
+    "NDIM": "not one three-dimensional volume",
+    "DTYPE": "voxels of a type that no scan has",
+    "SCALE_INVALID": "an infinite or undefined intensity scale",
+    "RANGE": "intensities beyond what float32 can hold",
+    "NONFINITE": "too many voxels are NaN or infinite",
+    "SPACING_INVALID": "voxel spacing that is zero, negative or undefined, or of no scanner",
+    "AFFINE_INVALID": "an affine that is undefined, singular or sheared",
+    "QS_DISAGREE": "qform and sform place the voxels differently",
+    "NO_ORIENTATION": "neither qform nor sform says which side is left",
+    "EMPTY_BRAIN": "constant voxels, or an implausible brain mask",
+    "MASK_MISSING": "no brain mask where the cohort's card says it lies",
+    "MODALITY_GRID": "lies elsewhere than the other contrasts of its session",
+    "DUP_ID": "a second file for the same subject, session, run and contrast",
+}
+NOTES: Mapping[str, str] = {
+    "SCALE_ODD": "intensity slope zero or undefined (taken as unscaled), or negative",
+    "SPACING_ODD": "unusual voxel spacing, or spacing and affine disagree",
+    "UNITS": "spatial units other than millimetres were converted",
+    "SQUEEZED": "a trailing axis of one was dropped",
+    "NONFINITE_FILLED": "a few NaN or infinite voxels were set to zero",
+    "EXTRA_BYTES": "bytes after the last voxel were ignored",
+    "ASSUMED_RAS": "no orientation in the header; RAS was assumed as asked",
+    "QS_CHOSEN": "qform and sform disagree; one was chosen as asked",
+    "MASK_FALLBACK": "brain mask by a classical fallback, not supplied",
+    "MASK_SHARED": "the mask of another contrast of the session was used",
+    "CROPPED": "brain outside the field of view of the stack was cut off",
+    "PARTIAL_COVER": "the scan does not cover the whole brain mask",
+    "RUN_CHOSEN": "one of several runs was chosen by the declared rule",
+}
+
+
+class Rejected(Exception):
+    """This scan cannot be used. `code` is a key of `REJECTIONS`, `reason` says what was found and what to do."""
+
+    def __init__(self, code: str, reason: str) -> None:
+        if code not in REJECTIONS:
+            raise KeyError(f"{code} is no code of a rejection")
+        super().__init__(code, reason)
+        self.code = code
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.code}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class Note:
+    """Something odd about a scan that is used all the same. `code` is a key of `NOTES`."""
+
+    code: str
+    reason: str
+
+    def __post_init__(self) -> None:
+        if self.code not in NOTES:
+            raise KeyError(f"{self.code} is no code of a note")

@@ -1,0 +1,268 @@
+"""Parquet shards of slice stacks: how rows are laid out, written, read back and checked.
+
+A row is one slice stack `[C, S, H, W]` uint8, held as raw C-order bytes in a fixed-size binary column: Parquet has no
+8-bit type, so a tensor column would store four bytes a pixel and decode value by value. A row group is a run of at
+most `MAX_ROWS` slices of one session, so a session is read, added or forgotten by touching few row groups.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from isal import isal_zlib
+from numpy.typing import NDArray
+
+Codec = Literal["none", "lz4", "zstd"]
+Shape = tuple[int, int, int, int]  # [C, S, H, W]
+
+SCHEMA_VERSION = 1
+MAX_ROWS = 64  # of a row group
+METADATA = b"cranium"
+META_COLUMNS = ("cohort", "subject", "session", "slice", "num_slices", "present", "crc")
+COLUMNS = ("cohort", "subject", "session", "slice", "num_slices", "present", "pixels", "mask", "crc")
+
+
+class ShardError(ValueError):
+    """A shard that cannot be trusted: `code` is SHARD_MISSING, SHARD_CORRUPT or SHARD_SCHEMA."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(code, message)
+        self.code = code
+
+    def __str__(self) -> str:
+        return str(self.args[1])
+
+
+@dataclass(frozen=True)
+class Footer:
+    """What a shard says of itself: rows of each row group, stack shape and channel names."""
+
+    row_groups: tuple[int, ...]
+    shape: Shape
+    channels: tuple[str, ...]
+
+    @property
+    def rows(self) -> int:
+        return sum(self.row_groups)
+
+
+def schema(shape: Sequence[int], channels: Sequence[str]) -> pa.Schema:
+    """The Arrow schema of shards whose stacks are `shape` = [C, S, H, W] with these channel names."""
+    c, s, h, w = shape
+    if c != len(channels):
+        raise ValueError(f"a stack of {c} channels needs {c} channel names, got {list(channels)}")
+    meta = {
+        "shape": [c, s, h, w],
+        "dtype": "uint8",
+        "channels": list(channels),
+        "schema_version": SCHEMA_VERSION,
+    }
+    return pa.schema(
+        [
+            pa.field("cohort", pa.string(), nullable=False),
+            pa.field("subject", pa.string(), nullable=False),
+            pa.field("session", pa.string(), nullable=False),
+            pa.field("slice", pa.int32(), nullable=False),
+            pa.field("num_slices", pa.int32(), nullable=False),
+            pa.field("present", pa.uint32(), nullable=False),
+            pa.field("pixels", pa.binary(c * s * h * w), nullable=False),
+            pa.field("mask", pa.binary(s * h * w), nullable=True),
+            pa.field("crc", pa.uint32(), nullable=False),
+        ],
+        metadata={METADATA: json.dumps(meta, sort_keys=True).encode()},
+    )
+
+
+def encode(
+    pixels: NDArray[np.uint8],
+    *,
+    channels: Sequence[str],
+    cohort: str,
+    subject: str,
+    session: str,
+    slices: Sequence[int],
+    num_slices: int,
+    present: int,
+    masks: NDArray[np.uint8] | None = None,
+) -> pa.Table:
+    """Rows of one session from stacks `[n, C, S, H, W]` uint8 (n <= 64) and label maps `[n, S, H, W]` or None.
+
+    `slices` are their indices in the session's grid, rising. The table views `pixels`; don't write to it afterwards.
+    """
+    n = len(pixels)
+    if pixels.dtype != np.uint8 or pixels.ndim != 5 or not 0 < n <= MAX_ROWS:
+        raise ValueError(
+            f"expected 1 to {MAX_ROWS} uint8 stacks [n, C, S, H, W], got {pixels.dtype} {pixels.shape}"
+        )
+    if len(slices) != n or any(b <= a for a, b in itertools.pairwise(slices)):
+        raise ValueError("one rising slice index is needed for each stack")
+    if masks is not None and masks.shape != (n, *pixels.shape[2:]):
+        raise ValueError(f"masks {masks.shape} do not lie on the stacks {pixels.shape}")
+    layout = schema(pixels.shape[1:], channels)
+    crcs = np.array([isal_zlib.crc32(row) for row in np.ascontiguousarray(pixels)], np.uint32)
+    mask_type = layout.field("mask").type
+    columns = [
+        pa.array([cohort] * n, pa.string()),
+        pa.array([subject] * n, pa.string()),
+        pa.array([session] * n, pa.string()),
+        pa.array(slices, pa.int32()),
+        pa.array([num_slices] * n, pa.int32()),
+        pa.array([present] * n, pa.uint32()),
+        _bytes(pixels, layout.field("pixels").type),
+        pa.nulls(n, mask_type) if masks is None else _bytes(masks, mask_type),
+        pa.array(crcs, pa.uint32()),
+    ]
+    return pa.Table.from_arrays(columns, schema=layout)
+
+
+def _bytes(rows: NDArray[np.uint8], kind: pa.DataType) -> pa.Array:
+    return pa.Array.from_buffers(kind, len(rows), [None, pa.py_buffer(np.ascontiguousarray(rows))])
+
+
+def write(path: Path, tables: Iterable[pa.Table], codec: Codec = "none") -> int:
+    """Write each table (a run of one session, from `encode`) as one row group; returns the number of rows.
+
+    Dictionary and statistics only on the small columns; pages carry checksums. The file is not renamed or flushed to
+    disk here: who publishes it does that.
+    """
+    writer: pq.ParquetWriter | None = None
+    rows = 0
+    try:
+        for table in tables:
+            writer = writer or pq.ParquetWriter(
+                path,
+                table.schema,
+                compression=codec,
+                compression_level={"pixels": 1, "mask": 1} if codec == "zstd" else None,
+                use_dictionary=list(META_COLUMNS),
+                write_statistics=list(META_COLUMNS),
+                write_page_checksum=True,
+                version="2.6",
+            )
+            writer.write_table(table, row_group_size=MAX_ROWS)
+            rows += table.num_rows
+    finally:
+        if writer is not None:
+            writer.close()
+    if writer is None:
+        raise ValueError(f"{path}: a shard needs at least one row group")
+    return rows
+
+
+def read_footer(path: Path) -> Footer:
+    """Row groups, shape and channels, no pixel read. Raises `ShardError` when absent, cut, or not of our schema."""
+    return _footer(_open(path), path)
+
+
+def read_row_group(
+    path: Path, index: int, columns: Sequence[str] | None = None, verify: bool = False
+) -> pa.Table:
+    """One row group as a table; `columns` None reads all. `verify` also checks Parquet's page checksums.
+
+    Raises `ShardError`. The rows' own CRC is a separate step (`check_rows`), so that it is paid once, by the reader.
+    """
+    file = _open(path, verify)
+    _footer(file, path)
+    try:
+        return file.read_row_group(
+            index, columns=None if columns is None else list(columns), use_threads=False
+        )
+    except (OSError, pa.ArrowException) as error:
+        raise ShardError(
+            "SHARD_CORRUPT", f"{path} row group {index}: {error}; run `cranium ingest` again"
+        ) from error
+
+
+def _open(path: Path, verify: bool = False) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(path, page_checksum_verification=verify)
+    except FileNotFoundError:
+        raise ShardError(
+            "SHARD_MISSING", f"{path} is missing; restore it or run `cranium ingest` again"
+        ) from None
+    except (OSError, pa.ArrowException) as error:
+        raise ShardError(
+            "SHARD_CORRUPT", f"{path}: {error}; restore it or run `cranium ingest` again"
+        ) from error
+
+
+def _footer(file: pq.ParquetFile, path: Path) -> Footer:
+    # The allow-list keeps extension types and pickled columns out: reading those has run foreign code in Ray.
+    meta = _metadata(file.schema_arrow, str(path))
+    shape, channels = tuple(meta["shape"]), tuple(meta["channels"])
+    if not file.schema_arrow.equals(schema(shape, channels), check_metadata=False):
+        raise ShardError(
+            "SHARD_SCHEMA", f"{path} does not have the columns of a shard: {file.schema_arrow.names}"
+        )
+    groups = tuple(file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups))
+    return Footer(groups, shape, channels)  # type: ignore[arg-type]
+
+
+def _metadata(layout: pa.Schema, where: str) -> dict[str, Any]:
+    raw = (layout.metadata or {}).get(METADATA)
+    if raw is None:
+        raise ShardError("SHARD_SCHEMA", f"{where} is no shard of Cranium: its schema has no `cranium` entry")
+    meta: dict[str, Any] = json.loads(raw)
+    if meta.get("schema_version") != SCHEMA_VERSION or meta.get("dtype") != "uint8":
+        found = meta.get("schema_version")
+        raise ShardError(
+            "SHARD_SCHEMA", f"{where} has schema version {found}; this Cranium reads {SCHEMA_VERSION}"
+        )
+    return meta
+
+
+def stack_shape(rows: pa.Table | pa.RecordBatch) -> Shape:
+    """[C, S, H, W] of the stacks of these rows, from the schema's metadata."""
+    c, s, h, w = _metadata(rows.schema, "a batch of rows")["shape"]
+    return c, s, h, w
+
+
+def pixels(rows: pa.Table | pa.RecordBatch) -> NDArray[np.uint8]:
+    """Stacks `[n, C, S, H, W]`: a read-only view of the value buffer when the rows are one chunk, else one copy."""
+    return _view(rows, "pixels", stack_shape(rows))
+
+
+def masks(rows: pa.Table | pa.RecordBatch) -> NDArray[np.uint8] | None:
+    """Label maps `[n, S, H, W]`, or None when no row has one. Rows without one among others are zero."""
+    column = rows.column("mask")
+    if column.null_count == len(column):
+        return None
+    labels = _view(rows, "mask", stack_shape(rows)[1:])
+    if column.null_count:  # what lies under a null is undefined
+        labels = labels.copy()
+        labels[np.asarray(column.is_null())] = 0
+    return labels
+
+
+def _view(rows: pa.Table | pa.RecordBatch, name: str, shape: Sequence[int]) -> NDArray[np.uint8]:
+    column = rows.column(name)
+    chunks = column.chunks if isinstance(column, pa.ChunkedArray) else [column]
+    size = int(np.prod(shape))
+    views = [
+        np.frombuffer(chunk.buffers()[1], np.uint8, len(chunk) * size, chunk.offset * size).reshape(
+            -1, *shape
+        )
+        for chunk in chunks
+        if len(chunk)
+    ]
+    if not views:
+        return np.empty((0, *shape), np.uint8)
+    stacked = views[0] if len(views) == 1 else np.concatenate(views)
+    stacked.flags.writeable = False  # the buffer may be shared with other processes
+    return stacked
+
+
+def check_rows(rows: pa.Table | pa.RecordBatch, where: str) -> None:
+    """Compare every row's pixels with its CRC. Raises `ShardError(SHARD_CORRUPT)` naming the first bad row."""
+    expected = np.asarray(rows.column("crc"))
+    for index, row in enumerate(pixels(rows)):
+        if isal_zlib.crc32(row) != expected[index]:
+            raise ShardError("SHARD_CORRUPT", f"{where}: the pixels of row {index} do not match their CRC")

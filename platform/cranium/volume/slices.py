@@ -1,0 +1,151 @@
+"""From volumes in world space to slice stacks on one grid per session, and back.
+
+The grid of a session is aligned with the world's axes and has a fixed spacing in mm, so that a tilted or flipped scan
+gives the same stacks, and the size of a head or a ventricle survives. Index order is [slice, row, column]: slices run
+from inferior to superior, rows from anterior (top) to posterior, columns from left to right.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import SimpleITK as sitk
+from numpy.typing import NDArray
+from scipy import ndimage
+
+Affine = NDArray[np.float64]
+
+_FWHM = 2 * np.sqrt(2 * np.log(2))  # of a Gaussian, in standard deviations
+
+
+@dataclass(frozen=True)
+class Grid:
+    """`shape` [Z, H, W]; `affine` (row, column, slice, 1) -> RAS+ world mm."""
+
+    shape: tuple[int, int, int]
+    affine: Affine
+
+    @property
+    def affine_xyz(self) -> Affine:
+        """(column, row, slice, 1) -> world: the order in which the array's memory runs, fastest first."""
+        return self.affine[:, [1, 0, 2, 3]]
+
+
+def session_grid(
+    mask: NDArray[np.bool_], affine: Affine, size: int, spacing: float, slice_spacing: float
+) -> Grid:
+    """The grid of `size` x `size` pixels centred on the bounding box of `mask` [I, J, K], with slices from end to end.
+
+    Spacings in mm. Raises `ValueError` for an empty mask.
+    """
+    low, high = bounding_box(mask, affine)
+    centre = np.round((low + high) / 2, 3)  # a thousandth of a mm: float32 headers differ by less than that
+    num_slices = int(np.ceil(np.round((high[2] - low[2]) / slice_spacing, 3))) + 1
+    half = (size - 1) / 2
+    grid = np.zeros((4, 4))
+    grid[1, 0] = -spacing  # rows: anterior to posterior
+    grid[0, 1] = spacing  # columns: left to right
+    grid[2, 2] = slice_spacing
+    grid[:, 3] = [
+        centre[0] - half * spacing,
+        centre[1] + half * spacing,
+        centre[2] - (num_slices - 1) / 2 * slice_spacing,
+        1,
+    ]
+    return Grid((num_slices, size, size), grid)
+
+
+def bounding_box(mask: NDArray[np.bool_], affine: Affine) -> tuple[Affine, Affine]:
+    """Least and greatest world coordinates (mm) of the centres of the voxels that are set."""
+    if not mask.any():
+        raise ValueError("the mask is empty")
+    # The extremes lie at the ends of a column, so only those are looked at: exact, and a hundredth of the voxels.
+    columns = np.argwhere(mask.any(axis=2))
+    lines = mask[columns[:, 0], columns[:, 1]]
+    first = lines.argmax(axis=1)
+    last = mask.shape[2] - 1 - lines[:, ::-1].argmax(axis=1)
+    ends = np.concatenate([np.column_stack([columns, first]), np.column_stack([columns, last])])
+    world = ends @ affine[:3, :3].T + affine[:3, 3]
+    return world.min(axis=0), world.max(axis=0)
+
+
+def onto_grid(data: NDArray[Any], affine: Affine, grid: Grid, *, labels: bool = False) -> NDArray[Any]:
+    """Resample a volume [I, J, K] onto a grid: [Z, H, W] float32, NaN outside the volume's field of view.
+
+    Linear; where the grid is coarser than the volume, a Gaussian first takes away what it cannot hold (Cardoso et al.
+    2015, MICCAI, "Scale factor point spread function matching"). `labels`: nearest voxel, own dtype, 0 outside.
+    """
+    if not labels:
+        data = _smoothed(data.astype(np.float32, copy=False), affine, grid)
+    step = np.linalg.inv(affine) @ grid.affine_xyz
+    return _resample(data, step, (grid.shape[2], grid.shape[1], grid.shape[0]), labels).transpose(2, 1, 0)
+
+
+def to_native(labels: NDArray[Any], grid: Grid, shape: tuple[int, int, int], affine: Affine) -> NDArray[Any]:
+    """A label map [Z, H, W] of a grid on the scan's own voxels [I, J, K]: the nearest pixel, 0 outside the grid."""
+    step = np.linalg.inv(grid.affine_xyz) @ affine
+    return _resample(labels.transpose(2, 1, 0), step, shape, labels=True)
+
+
+def _resample(data: NDArray[Any], step: Affine, shape: tuple[int, int, int], labels: bool) -> NDArray[Any]:
+    """`step` maps an index of the result [x, y, z] to an index of `data` [i, j, k]."""
+    step = np.round(step, 6)  # so that headers equal up to float32 noise give equal voxels
+    image = sitk.GetImageFromArray(np.ascontiguousarray(data.transpose(2, 1, 0)))
+    transform = sitk.AffineTransform(step[:3, :3].ravel().tolist(), step[:3, 3].tolist())
+    method, outside = (sitk.sitkNearestNeighbor, 0.0) if labels else (sitk.sitkLinear, float("nan"))
+    identity = np.eye(3).ravel().tolist()
+    result = sitk.Resample(image, shape, transform, method, (0.0,) * 3, (1.0,) * 3, identity, outside)
+    array: NDArray[Any] = sitk.GetArrayFromImage(result)
+    return array.transpose(2, 1, 0)
+
+
+def _smoothed(data: NDArray[np.float32], affine: Affine, grid: Grid) -> NDArray[np.float32]:
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    target = np.linalg.norm(grid.affine_xyz[:3, :3], axis=0)
+    along = np.abs(affine[:3, :3] / spacing).argmax(axis=0)  # the world axis nearest to each voxel axis
+    for axis in range(3):
+        ratio = target[along[axis]] / spacing[axis]
+        if ratio > 1.01:
+            data = ndimage.gaussian_filter1d(
+                data, np.sqrt(ratio**2 - 1) / _FWHM, axis, mode="nearest", truncate=3.0
+            )
+    return data
+
+
+def limit_threads(threads: int) -> None:
+    """How many threads resampling may use in this process; the result does not depend on it."""
+    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(threads)
+
+
+def kept(brain: NDArray[np.bool_], min_brain: float) -> range:
+    """Which slices of [Z, H, W] are kept: from the first to the last whose share of brain pixels reaches `min_brain`.
+
+    One run without gaps, so that a slice's neighbours are its neighbours in the head.
+    """
+    enough = np.flatnonzero((brain.mean(axis=(1, 2)) >= min_brain) & brain.any(axis=(1, 2)))
+    return range(int(enough[0]), int(enough[-1]) + 1) if len(enough) else range(0)
+
+
+def to_stacks(volumes: NDArray[np.uint8], slices: range) -> NDArray[np.uint8]:
+    """Volumes [C, Z, H, W] -> stacks [n, C, 1, H, W] of the slices of a run."""
+    return np.ascontiguousarray(volumes[:, slices.start : slices.stop].transpose(1, 0, 2, 3)[:, :, None])
+
+
+def from_stacks(stacks: NDArray[np.uint8], slices: range, num_slices: int) -> NDArray[np.uint8]:
+    """The inverse of `to_stacks` and (middle slice) `to_neighbours`: [C, Z, H, W], zero where none was kept."""
+    n, c, s, h, w = stacks.shape
+    if n != len(slices):
+        raise ValueError(f"{n} stacks cannot fill {len(slices)} slices")
+    volumes = np.zeros((c, num_slices, h, w), stacks.dtype)
+    volumes[:, slices.start : slices.stop] = stacks[:, :, s // 2].transpose(1, 0, 2, 3)
+    return volumes
+
+
+def to_neighbours(volume: NDArray[np.uint8], slices: range, depth: int) -> NDArray[np.uint8]:
+    """One volume [Z, H, W] -> stacks [n, 1, depth, H, W]: each slice between its neighbours, zero beyond the ends."""
+    before = depth // 2
+    padded = np.pad(volume, ((before, depth - 1 - before), (0, 0), (0, 0)))
+    windows = np.lib.stride_tricks.sliding_window_view(padded, depth, axis=0)  # [Z, H, W, depth]
+    return np.ascontiguousarray(windows[slices.start : slices.stop].transpose(0, 3, 1, 2)[:, None])

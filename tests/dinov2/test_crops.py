@@ -1,0 +1,217 @@
+"""Views: keyed by row, equal to torchvision's resize, zero stays zero, brain in every local view."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from cranium.dinov2 import crops, intensity
+from cranium.dinov2.crops import CropSpec
+
+SPEC = CropSpec(num_local=3, global_size=56, local_size=28)
+PLAIN = dataclasses.replace(
+    SPEC,
+    gamma=0.0,
+    contrast=0.0,
+    bias_field=0.0,
+    blur=0.0,
+    noise=0.0,
+    contrast_dropout=0.0,
+    flip_probability=0.0,
+)
+SIZE = (64, 80)
+
+
+def _stacks(batch: int = 8, slices: int = 1) -> tuple[Tensor, Tensor]:
+    random = torch.Generator().manual_seed(0)
+    stacks = torch.zeros(batch, 3, slices, *SIZE, dtype=torch.uint8)
+    stacks[..., 16:48, 20:60] = torch.randint(1, 256, (batch, 3, slices, 32, 40), generator=random).byte()
+    return stacks, torch.ones(batch, 3, dtype=torch.bool)
+
+
+def test_a_batch_in_two_halves_gives_the_same_views() -> None:
+    stacks, present = _stacks()
+    rows = np.arange(1000, 1008)
+    whole = crops.apply(stacks, present, crops.sample(rows, 5, 7, SPEC, size=SIZE), SPEC)
+    for half in (slice(0, 4), slice(4, 8)):
+        part = crops.apply(stacks[half], present[half], crops.sample(rows[half], 5, 7, SPEC, size=SIZE), SPEC)
+        for got, expected in zip(part, whole, strict=True):
+            torch.testing.assert_close(got, expected[:, half], rtol=0, atol=1e-6)
+    other = crops.apply(stacks, present, crops.sample(rows, 6, 7, SPEC, size=SIZE), SPEC)
+    assert not torch.allclose(other[0], whole[0])
+    assert whole[0].shape == (2, 8, 3, 56, 56) and whole[1].shape == (3, 8, 3, 28, 28)
+    assert whole[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_resize_is_that_of_interpolate(flip: bool) -> None:
+    images = torch.rand(3, 2, *SIZE)
+    spec = dataclasses.replace(PLAIN, global_scale=(0.02, 1.0))
+    boxes = torch.from_numpy(crops.sample(np.arange(3), 0, 0, spec, size=SIZE).global_views.boxes[:, :, 0])
+    got = crops.resize(images, boxes, torch.full(boxes.shape[:2], flip), 28)
+    for view in range(2):
+        for row in range(3):
+            top, left, height, width = boxes[view, row].tolist()
+            crop = images[[row], :, top : top + height, left : left + width]
+            crop = crop.flip(-1) if flip else crop
+            expected = torch.nn.functional.interpolate(crop, (28, 28), mode="bilinear", antialias=True)
+            torch.testing.assert_close(got[view, row], expected[0], rtol=0, atol=2e-6)
+
+
+def test_a_whole_unchanged_view_is_the_slice() -> None:
+    stacks, present = _stacks()
+    square = stacks[..., :64, :64]
+    spec = dataclasses.replace(PLAIN, global_size=64, global_scale=(1.0, 1.0), aspect=(1.0, 1.0))
+    views, _ = crops.apply(square, present, crops.sample(np.arange(8), 0, 0, spec, size=(64, 64)), spec)
+    torch.testing.assert_close(views[0], square[:, :, 0] / 255)
+
+
+def test_channels_are_contrast_then_slice() -> None:
+    stacks, present = _stacks(2, slices=2)
+    stacks[:, 1] = 0
+    stacks[:, :, 1] //= 2
+    spec = dataclasses.replace(PLAIN, global_scale=(1.0, 1.0), aspect=(1.25, 1.25))
+    views, _ = crops.apply(stacks, present, crops.sample(np.arange(2), 0, 0, spec, size=SIZE), spec)
+    means = views.mean(dim=(0, 1, 3, 4))
+    assert (means[[2, 3]] == 0).all()
+    assert 0.45 < means[1] / means[0] < 0.55 and 0.45 < means[5] / means[4] < 0.55
+
+
+def test_boxes_keep_to_the_slice_the_scale_and_the_aspect() -> None:
+    params = crops.sample(np.arange(300), 0, 0, CropSpec(), size=SIZE)
+    top, left, height, width = np.moveaxis(params.local_views.boxes, -1, 0)
+    assert top.min() >= 0 and left.min() >= 0
+    assert (top + height).max() == 64 and (left + width).max() == 80
+    share = height * width / (64 * 80)
+    assert 0.045 < share.min() < 0.06 and 0.3 < share.max() < 0.335
+    assert abs(share.mean() - 0.185) < 0.005
+    assert 1.25 < (width / height).max() < 1.45 and 0.7 < (width / height).min() < 0.8
+    flips = params.local_views.flip.mean()
+    assert 0.46 < flips < 0.54
+
+
+def test_zero_stays_exactly_zero_and_values_stay_in_range_under_every_change() -> None:
+    stacks, present = _stacks(16)
+    stacks[:, 0, :, 20:30, 30:40] = 0  # a hole in one contrast
+    strong = dataclasses.replace(SPEC, gamma=1.0, contrast=0.9, bias_field=1.0, blur=3.0, noise=0.5)
+    still = dataclasses.replace(strong, gamma=0, contrast=0, bias_field=0, blur=0, noise=0)
+    params = crops.sample(np.arange(16), 0, 0, strong, size=SIZE)
+    changed, plain = crops.apply(stacks, present, params, strong), crops.apply(stacks, present, params, still)
+    for got, before in zip(changed, plain, strict=True):
+        assert (before == 0).float().mean() > 0.1
+        assert (got[before == 0] == 0).all()
+        assert got.isfinite().all() and got.min() >= 0 and got.max() <= 1
+        assert not torch.allclose(got, before)
+
+
+@pytest.mark.parametrize("change", ["gamma", "contrast", "bias_field", "blur", "noise"])
+def test_each_change_acts_alone_and_differs_between_contrasts(change: str) -> None:
+    stacks, present = _stacks(4)
+    stacks[:, 1:] = stacks[:, :1]
+    spec = dataclasses.replace(PLAIN, **{change: 0.5})
+    params = crops.sample(np.arange(4), 0, 0, spec, size=SIZE)
+    got, plain = crops.apply(stacks, present, params, spec)[0], crops.apply(stacks, present, params, PLAIN)[0]
+    assert not torch.allclose(got, plain)
+    # Blur is a property of the view, the rest of the contrast.
+    assert torch.equal(got[:, :, 0], got[:, :, 1]) == (change == "blur")
+
+
+def test_gamma_and_contrast_by_hand() -> None:
+    views = torch.tensor([0.0, 0.25, 0.75, 0.5]).view(1, 1, 1, 1, 2, 2)
+    draws = intensity.changes(np.full((1, 1, intensity.num_draws(1)), 1.0), 1)
+    got = intensity.change(views.clone(), draws, gamma=0.5, contrast=0, bias_field=0, blur=0, noise=0)
+    torch.testing.assert_close(got, views ** np.exp(0.5))
+    got = intensity.change(views.clone(), draws, gamma=0, contrast=0.4, bias_field=0, blur=0, noise=0)
+    torch.testing.assert_close(got.flatten(), torch.tensor([0.0, 0.15, 0.85, 0.5]))
+
+
+def test_blur_is_a_gaussian() -> None:
+    views = torch.full((1, 1, 1, 1, 31, 31), 0.5)
+    views[..., 15, 15] = 1.0
+    draws = intensity.changes(np.full((1, 1, intensity.num_draws(1)), 1.0), 1)
+    got = (
+        intensity.change(views, draws, gamma=0, contrast=0, bias_field=0, blur=2.0, noise=0)[0, 0, 0, 0] - 0.5
+    )
+    place = torch.arange(31.0) - 15
+    line = torch.exp(-(place**2) / 8)
+    line /= line.sum()
+    torch.testing.assert_close(got, 0.5 * line[:, None] * line, rtol=0, atol=1e-6)
+
+
+def test_noise_has_the_declared_strength_and_changes_with_the_row() -> None:
+    views = torch.full((1, 40, 2, 3, 64, 64), 0.5)
+    drawn = np.random.default_rng(0).random((1, 40, intensity.num_draws(2)))
+    draws = intensity.changes(drawn, 2)
+    got = intensity.change(views, draws, gamma=0, contrast=0, bias_field=0, blur=0, noise=0.1) - 0.5
+    sigma = np.clip(2 * draws.noise[0, :, :, 0] - 1, 0, None) * 0.1
+    measured = got.std(dim=(3, 4, 5))[0].numpy()
+    np.testing.assert_allclose(measured[sigma > 0.01], sigma[sigma > 0.01], rtol=0.06)
+    assert (measured[sigma == 0] == 0).all()
+    row = int(np.argmax(sigma[:, 0]))
+    assert torch.corrcoef(got[0, row, 0].flatten(1)).triu(1).abs().max() < 0.1  # slices are not copies
+
+
+def test_a_missing_contrast_stays_zero_and_the_last_one_is_never_dropped() -> None:
+    stacks, present = _stacks(64)
+    present[:] = torch.tensor([True, False, True])
+    present[:8, 0] = False
+    spec = dataclasses.replace(PLAIN, contrast_dropout=0.9)
+    for views in crops.apply(stacks, present, crops.sample(np.arange(64), 0, 0, spec, size=SIZE), spec):
+        shown = views.flatten(3).any(dim=-1)
+        assert not shown[:, :, 1].any()
+        assert shown[:, :8, 2].all()
+        assert shown.any(dim=-1).all()
+        assert 0.4 < shown[:, 8:, 0].float().mean() < 0.6  # nearly always exactly one of two is left
+
+
+def test_dropout_keeps_its_probability() -> None:
+    drop = torch.from_numpy(np.random.default_rng(0).random((10, 500, 3)))
+    kept = crops.keep_contrasts(torch.ones(500, 3, dtype=torch.bool), drop, 0.2)
+    assert abs(1 - kept.double().mean().item() - (0.2 - 0.2**3 / 3)) < 0.01
+    assert not crops.keep_contrasts(torch.zeros(500, 3, dtype=torch.bool), drop, 0.2).any()
+
+
+def test_local_views_hold_brain() -> None:
+    foreground = torch.zeros(50, *SIZE, dtype=torch.bool)
+    foreground[:, 8:24, 50:70] = True
+    boxes = torch.from_numpy(crops.sample(np.arange(50), 0, 0, CropSpec(), size=SIZE).local_views.boxes)
+    pixel = torch.rand(8, 50, dtype=torch.float64)
+    chosen = crops.choose_boxes(foreground, boxes, pixel, 0.3007)
+    fallbacks = 0
+    for view in range(8):
+        for row in range(50):
+            shares = []
+            for top, left, height, width in boxes[view, row].tolist():
+                shares.append(foreground[row, top : top + height, left : left + width].float().mean().item())
+            first = next((i for i, share in enumerate(shares) if share >= 0.3007), None)
+            if first is not None:
+                assert torch.equal(chosen[view, row], boxes[view, row, first])
+                continue
+            fallbacks += 1
+            top, left, height, width = chosen[view, row].tolist()
+            assert [height, width] == boxes[view, row, -1, 2:].tolist()
+            assert 0 <= top <= 64 - height and 0 <= left <= 80 - width
+            # Centred on a foreground pixel, up to the slice's edge.
+            assert 8 - height // 2 <= top <= 24 - height // 2 or top in (0, 64 - height)
+            assert foreground[row, top : top + height, left : left + width].any()
+    assert 20 < fallbacks < 380
+
+
+def test_an_empty_slice_gives_empty_views() -> None:
+    stacks, present = _stacks(2)
+    stacks[:] = 0
+    for views in crops.apply(stacks, present, crops.sample(np.arange(2), 0, 0, SPEC, size=SIZE), SPEC):
+        assert not views.any()
+
+
+def test_no_local_views_and_wrong_stacks() -> None:
+    stacks, present = _stacks(2)
+    spec = dataclasses.replace(SPEC, num_local=0)
+    params = crops.sample(np.arange(2), 0, 0, spec, size=SIZE)
+    assert crops.apply(stacks, present, params, spec)[1].shape == (0, 2, 3, 28, 28)
+    with pytest.raises(ValueError, match="uint8"):
+        crops.apply(stacks.float(), present, params, spec)

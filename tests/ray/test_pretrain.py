@@ -1,0 +1,126 @@
+"""Train V2 fits cost half a minute each, so there are few: one undisturbed, one killed and resumed, one on two workers."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from cranium import checkpoint, pretrain, track
+from cranium.config import Experiment, Machine
+from cranium.store import Artefact
+from safetensors.torch import load_file
+from shards import shard_set
+
+pytestmark = pytest.mark.ray
+STEPS = 40
+
+
+def experiment(workers: int = 1, steps: int = STEPS, drop_path: float = 0.1) -> Experiment:
+    return Experiment.model_validate(
+        {
+            "name": "tiny",
+            "ingest": {"cohorts": ["tiny"], "size": 28},
+            "stream": {"lanes": 4, "window_sessions": 3},
+            "pretrain": {
+                "cohorts": ["tiny"],
+                "inits": ["scratch"],
+                "arch": "vit_tiny_patch14",
+                "drop_path": drop_path,
+                "steps": steps,
+                "batch_size": 8,
+                "crops": {"global_size": 28, "local_size": 14, "num_local": 2},
+                "loss": {"prototypes": 64, "head_hidden": 64, "head_bottleneck": 32},
+                "compute": {
+                    "num_workers": workers,
+                    "precision": "fp32",
+                    "checkpoint_every": 8,
+                    "log_every": 1,
+                    "keep_checkpoints": 2,
+                },
+            },
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Artefact:
+    return shard_set(tmp_path_factory.mktemp("shards"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(ray_cluster, shards: Artefact, tmp_path_factory: pytest.TempPathFactory) -> Artefact:
+    machine = Machine(store=tmp_path_factory.mktemp("undisturbed"))
+    return pretrain.pretrain(experiment(), machine, "scratch", [shards])
+
+
+def last_state(made: Artefact) -> dict:
+    newest = max((made.path / "ray").glob("checkpoint_2*"), key=lambda p: p.stat().st_mtime_ns)
+    return checkpoint.load_training(newest)
+
+
+def journal(made: Artefact) -> list[tuple[int, dict]]:
+    skip = ("sys/",)
+    return [
+        (e.step, {k: v for k, v in e.metrics.items() if not k.startswith(skip)})
+        for e in track.read_journal(made.path / pretrain.JOURNAL)
+    ]
+
+
+def test_a_run_is_whole_and_done_once(undisturbed: Artefact, shards: Artefact):
+    manifest = undisturbed.manifest()
+    assert manifest["steps"] == STEPS and manifest["init"] == "scratch"
+    assert [step for step, _ in journal(undisturbed)] == list(range(STEPS))
+    backbone, source = checkpoint.load_backbone(
+        "scratch", arch="vit_tiny_patch14", in_channels=3, image_size=28, pretrained=undisturbed
+    )
+    teacher = {k: v for k, v in last_state(undisturbed)["method"].items() if k.startswith("teacher.backbone.")}
+    for name, tensor in backbone.state_dict().items():
+        assert torch.equal(tensor, teacher[f"teacher.backbone.{name}"])
+    assert source.sha256 == manifest["weights_sha256"]
+    before = undisturbed.path.stat().st_mtime_ns
+    again = pretrain.pretrain(experiment(), Machine(store=undisturbed.path.parents[1]), "scratch", [shards])
+    assert again == undisturbed and undisturbed.path.stat().st_mtime_ns == before
+
+
+def test_a_killed_run_ends_as_the_undisturbed_one(ray_cluster, undisturbed: Artefact, shards: Artefact, tmp_path: Path):
+    """SIGKILL of the worker between two checkpoints: tensors, optimiser, position and journal end up equal."""
+    machine = Machine(store=tmp_path)
+    made = pretrain.artefact(experiment(), machine, "scratch", [shards])
+    killed: list[int] = []
+
+    def kill(done: int, total: int, text: str) -> None:
+        if done >= 9 and not killed:
+            for process in psutil.process_iter(["pid", "cmdline"]):
+                if any("RayTrainWorker" in part for part in process.info["cmdline"] or []):
+                    killed.append(process.pid)
+                    os.kill(process.pid, signal.SIGKILL)
+
+    resumed = pretrain.pretrain(experiment(), machine, "scratch", [shards], progress=kill)
+    assert killed and resumed == made
+    segments = sorted((made.path / pretrain.JOURNAL).glob("*.jsonl"))
+    assert len(segments) == 2
+    assert json.loads(segments[1].read_text().splitlines()[0])["resume"] in range(8, STEPS, 8)
+    ours, theirs = last_state(resumed), last_state(undisturbed)
+    assert ours["step"] == theirs["step"] == STEPS
+    for name, tensor in theirs["method"].items():
+        assert torch.equal(ours["method"][name], tensor), name
+    for index, state in theirs["optimiser"]["state"].items():
+        assert all(torch.equal(ours["optimiser"]["state"][index][k], v) for k, v in state.items())
+    assert journal(resumed) == journal(undisturbed)
+    a, b = (load_file(m.path / checkpoint.BACKBONE) for m in (resumed, undisturbed))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_two_workers_make_the_losses_of_one(ray_cluster, undisturbed: Artefact, shards: Artefact, tmp_path: Path):
+    """The same global batch on two workers, masking and drop path on. Tolerance: float32 sums in another order."""
+    made = pretrain.pretrain(experiment(workers=2), Machine(store=tmp_path), "scratch", [shards])
+    worst = max(abs(b["train/loss"] / a["train/loss"] - 1) for (_, a), (_, b) in zip(journal(undisturbed), journal(made)))
+    print("worst relative difference", worst)
+    for (step, one), (_, two) in zip(journal(undisturbed), journal(made), strict=True):
+        for name in ("train/loss", "train/dino_local", "train/ibot", "train/koleo"):
+            assert two[name] == pytest.approx(one[name], rel=2e-4), (step, name)

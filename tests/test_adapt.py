@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from cranium import adapt, store
+from cranium.config import Cell, Classification, Probe, UserError
+from sklearn.metrics import roc_auc_score
+
+LABELS = {"condition": {"column": "condition", "classes": {"control": ["control"], "lesion": ["lesion"], "atrophy": ["atrophy"]}}}
+TASK = Classification(name="lesion", cohort="home", label="condition", classes=("control", "lesion"), external=("away",))
+
+
+def cohort(root: Path, name: str, conditions: list[str], signal: float, seed: int) -> adapt.Cohort:
+    """A shard set's sessions and a feature artefact, `signal` standard deviations between control and lesion."""
+    rng = np.random.default_rng(seed)
+    shards, features = root / "ingest" / name, root / "embed" / name
+    subjects = [f"{name}{i:03d}" for i in range(len(conditions))]
+    table = pd.DataFrame({"cohort": name, "subject": subjects, "session": "", "condition": conditions})
+    table = table.assign(head=[f"h{i % 3}" for i in range(len(table))], site="s", present=7, num_slices=4)
+    shards.mkdir(parents=True)
+    table.to_parquet(shards / "sessions.parquet")
+    store.commit(shards, {"cohort": name, "card": {"labels": LABELS}, "channels": ["T1w"]})
+    rows = []
+    for subject, condition in zip(subjects, conditions, strict=True):
+        centre = rng.normal(size=6) + signal * (condition == "lesion")
+        for index in range(4):
+            vector = (centre + 0.1 * rng.normal(size=6)).astype(np.float16)
+            rows.append({"cohort": name, "subject": subject, "session": "", "slice": index, "present": 7, "features": vector.tobytes()})
+    features.mkdir(parents=True)
+    pq.write_table(pa.Table.from_pylist(rows), features / "features.parquet")
+    return adapt.Cohort(name, shards, features)
+
+
+def work(root: Path, home: adapt.Cohort, away: adapt.Cohort, **cell: object) -> adapt.Work:
+    fields = {"task": "lesion", "cohort": "home", "init": "random", "label_fraction": 1.0, "scheme": "subject"}
+    fields |= {"fold": 0, "seed": 0, "contrasts": ("T1w",)} | cell
+    return adapt.Work(
+        Cell.model_validate(fields), TASK, Probe(), ("head", "site", "present"), home, (away,), root / "adapt" / "cell"
+    )
+
+
+@pytest.fixture
+def cohorts(tmp_path: Path) -> tuple[adapt.Cohort, adapt.Cohort]:
+    conditions = ["control", "lesion", "atrophy"] * 30
+    return cohort(tmp_path, "home", conditions, 2.0, 0), cohort(tmp_path, "away", conditions[:30], 2.0, 1)
+
+
+def test_a_cell_learns_a_signal_and_its_numbers_are_those_of_its_predictions(tmp_path, cohorts):
+    home, away = cohorts
+    job = work(tmp_path, home, away)
+    table = adapt.subjects(home.shard_set, TASK)
+    folds = adapt.assign_folds(table, "subject", 5, 0)
+    scores = adapt.run_cell(job, folds)
+    predictions = pd.read_parquet(job.folder / "predictions.parquet")
+    test = predictions[predictions["role"] == "test"]
+    assert scores["test/auroc"] == pytest.approx(roc_auc_score(test["label"], test["prob_lesion"]))
+    assert scores["test/auroc"] > 0.8
+    assert scores["external/away/auroc"] > 0.8
+    assert set(test["subject"]) == {s for s, k in folds.items() if k == 0}
+    assert len(predictions[predictions["role"] == "external"]) == 20
+
+
+def test_the_fraction_shrinks_the_training_subjects_only(tmp_path, cohorts):
+    home, away = cohorts
+    folds = adapt.assign_folds(adapt.subjects(home.shard_set, TASK), "subject", 5, 0)
+    job = work(tmp_path, home, away, label_fraction=0.25)
+    adapt.run_cell(job, folds)
+    counts = store.read_manifest(job.folder)["counts"]
+    assert counts["n_train"] == 12  # a quarter of 48
+    assert counts["n_train_per_class"] == {"control": 6, "lesion": 6}
+    assert counts["n_test"] == 12
+
+
+def test_subjects_of_other_classes_are_left_out_and_strange_labels_refused(tmp_path, cohorts):
+    home, _ = cohorts
+    table = adapt.subjects(home.shard_set, TASK)
+    assert len(table) == 60 and sorted(set(table["label"])) == [0, 1]
+    sessions = pd.read_parquet(home.shard_set / "sessions.parquet")
+    sessions.loc[0, "condition"] = "Control "
+    sessions.to_parquet(home.shard_set / "sessions.parquet")
+    with pytest.raises(UserError, match="Control ") as refused:
+        adapt.subjects(home.shard_set, TASK)
+    assert refused.value.code == "LABEL"
+
+
+def test_a_subjects_first_labelled_session_stands_for_it(tmp_path, cohorts):
+    home, _ = cohorts
+    sessions = pd.read_parquet(home.shard_set / "sessions.parquet")
+    later = sessions.iloc[[0]].assign(session="2", condition="lesion")
+    pd.concat([later, sessions.assign(session="1")]).to_parquet(home.shard_set / "sessions.parquet")
+    table = adapt.subjects(home.shard_set, TASK).set_index("subject")
+    assert table.loc["home000", "session"] == "1"
+    assert table.loc["home000", "label"] == 0
+
+
+def test_covariates_know_no_pixels(tmp_path, cohorts):
+    """The covariates row works without features; here head, site and present say nothing of the class."""
+    home, away = cohorts
+    blind = [adapt.Cohort(c.name, c.shard_set, None) for c in (home, away)]
+    folds = adapt.assign_folds(adapt.subjects(home.shard_set, TASK), "subject", 5, 0)
+    scores = adapt.run_cell(work(tmp_path, blind[0], blind[1], init="covariates"), folds)
+    predictions = pd.read_parquet(tmp_path / "adapt" / "cell" / "predictions.parquet")
+    assert predictions["prob_lesion"].nunique() <= 6  # 3 heads in each of two cohorts
+    assert scores["test/auroc"] is not None
+
+
+def test_a_done_cell_is_not_run_again(tmp_path, cohorts):
+    home, away = cohorts
+    job = work(tmp_path, home, away)
+    folds = adapt.assign_folds(adapt.subjects(home.shard_set, TASK), "subject", 5, 0)
+    first = adapt.run_cell(job, folds)
+    (home.features / "features.parquet").unlink()
+    assert adapt.run_cell(job, folds) == first
+
+
+def test_groups_leave_one_out(cohorts):
+    home, _ = cohorts
+    table = adapt.subjects(home.shard_set, TASK)
+    folds = adapt.assign_folds(table, "head", 5, 0)
+    heads = table.set_index("subject")["head"].to_dict()
+    for fold in set(folds.values()):
+        assert len({heads[s] for s, k in folds.items() if k == fold}) == 1
+    with pytest.raises(UserError, match="family"):
+        adapt.assign_folds(table, "family", 5, 0)
+
+
+def test_missing_features_are_named(tmp_path, cohorts):
+    home, away = cohorts
+    table = pq.read_table(home.features / "features.parquet")
+    pq.write_table(table.slice(8), home.features / "features.parquet")
+    folds = adapt.assign_folds(adapt.subjects(home.shard_set, TASK), "subject", 5, 0)
+    with pytest.raises(UserError, match="home000"):
+        adapt.run_cell(work(tmp_path, home, away), folds)
+
+
+def test_the_manifest_is_plain_json(tmp_path, cohorts):
+    home, away = cohorts
+    job = work(tmp_path, home, away)
+    adapt.run_cell(job, adapt.assign_folds(adapt.subjects(home.shard_set, TASK), "subject", 5, 0))
+    manifest = json.loads((job.folder / "manifest.json").read_text())
+    assert manifest["cell"]["init"] == "random"
+    assert manifest["counts"]["n_validation"] == 0

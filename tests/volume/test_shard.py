@@ -1,0 +1,140 @@
+from __future__ import annotations
+
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from cranium.volume import shard
+
+SHAPE = (3, 1, 28, 30)
+CHANNELS = ("T1w", "T2w", "FLAIR")
+
+
+def run(seed: int, n: int = 5, masks: bool = False) -> tuple[np.ndarray, pa.Table]:
+    rng = np.random.default_rng(seed)
+    pixels = rng.integers(0, 256, (n, *SHAPE), np.uint8)
+    labels = rng.integers(0, 4, (n, *SHAPE[1:]), np.uint8) if masks else None
+    table = shard.encode(
+        pixels,
+        channels=CHANNELS,
+        cohort="phantom",
+        subject=f"{seed:03}",
+        session="",
+        slices=range(10, 10 + n),
+        num_slices=n,
+        present=0b101,
+        masks=labels,
+    )
+    return pixels, table
+
+
+@pytest.mark.parametrize("codec", ["none", "lz4", "zstd"])
+def test_what_is_written_is_read(tmp_path: Path, codec: shard.Codec) -> None:
+    path = tmp_path / "a.parquet"
+    runs = [run(0, 64), run(1, 7, masks=True), run(2, 1)]
+    assert shard.write(path, (t for _, t in runs), codec) == 72
+    footer = shard.read_footer(path)
+    assert footer == shard.Footer((64, 7, 1), SHAPE, CHANNELS)
+    for index, (pixels, table) in enumerate(runs):
+        rows = shard.read_row_group(path, index, verify=True)
+        assert rows.equals(table)
+        assert rows.schema.metadata[shard.METADATA] == table.schema.metadata[shard.METADATA]
+        np.testing.assert_array_equal(shard.pixels(rows), pixels)
+        shard.check_rows(rows, "here")
+        assert rows["crc"].to_pylist() == [zlib.crc32(stack.tobytes()) for stack in pixels]
+        assert (shard.masks(rows) is None) == (index != 1)
+
+
+def test_layout_on_disk(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    shard.write(path, [run(0, 64)[1]])
+    group = pq.ParquetFile(path).metadata.row_group(0)
+    by_name = {group.column(i).path_in_schema: group.column(i) for i in range(group.num_columns)}
+    pixels = by_name["pixels"]
+    assert pixels.physical_type == "FIXED_LEN_BYTE_ARRAY"
+    assert not pixels.is_stats_set and not pixels.has_dictionary_page
+    assert by_name["subject"].is_stats_set and by_name["slice"].statistics.min == 10
+    assert path.stat().st_size < 64 * np.prod(SHAPE) * 1.1  # bytes stay bytes
+
+
+def test_pixels_views_slices_and_joins_chunks() -> None:
+    (a, first), (b, second) = run(0), run(1)
+    view = shard.pixels(first)
+    assert not view.flags.owndata and not view.flags.writeable
+    assert np.shares_memory(view, a)
+    np.testing.assert_array_equal(shard.pixels(first.slice(2, 2)), a[2:4])
+    joined = pa.concat_tables([first.slice(1), second.slice(0, 3)])
+    np.testing.assert_array_equal(shard.pixels(joined), np.concatenate([a[1:], b[:3]]))
+    np.testing.assert_array_equal(shard.pixels(first.to_batches()[0]), a)
+    shard.check_rows(joined, "here")
+
+
+def test_masks_of_mixed_rows() -> None:
+    _, without = run(0, 2)
+    _, with_masks = run(1, 3, masks=True)
+    labels = shard.masks(pa.concat_tables([without, with_masks]).combine_chunks())
+    assert labels is not None
+    np.testing.assert_array_equal(labels[:2], 0)
+    np.testing.assert_array_equal(labels[2:], shard.masks(with_masks))
+
+
+def test_every_flipped_pixel_byte_trips_the_crc(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pixels, table = run(0)
+    shard.write(path, [table])
+    whole = path.read_bytes()
+    start = whole.index(pixels[3].tobytes())
+    rng = np.random.default_rng(0)
+    for offset in rng.integers(0, pixels[3].size, 20):
+        damaged = bytearray(whole)
+        damaged[start + offset] ^= 1 << int(rng.integers(8))
+        path.write_bytes(damaged)
+        rows = shard.read_row_group(path, 0)  # Parquet itself notices nothing
+        with pytest.raises(shard.ShardError, match="here: the pixels of row 3") as error:
+            shard.check_rows(rows, "here")
+        assert error.value.code == "SHARD_CORRUPT"
+        with pytest.raises(shard.ShardError, match="row group 0"):
+            shard.read_row_group(path, 0, verify=True)
+
+
+@pytest.mark.parametrize("keep", [0, 3, 100, -1, -9])
+def test_cut_files_are_refused(tmp_path: Path, keep: int) -> None:
+    path = tmp_path / "a.parquet"
+    shard.write(path, [run(0)[1]])
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(shard.ShardError) as error:
+        shard.read_footer(path)
+    assert error.value.code == "SHARD_CORRUPT"
+
+
+def test_missing_and_foreign_files_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(shard.ShardError) as error:
+        shard.read_footer(tmp_path / "none.parquet")
+    assert error.value.code == "SHARD_MISSING"
+    foreign = tmp_path / "b.parquet"
+    pq.write_table(pa.table({"pixels": [b"x"]}), foreign)
+    with pytest.raises(shard.ShardError) as error:
+        shard.read_footer(foreign)
+    assert error.value.code == "SHARD_SCHEMA"
+    _, table = run(0)
+    pq.write_table(table.drop_columns("crc"), foreign)  # our metadata, other columns
+    with pytest.raises(shard.ShardError) as error:
+        shard.read_row_group(foreign, 0)
+    assert error.value.code == "SHARD_SCHEMA"
+
+
+def test_encode_refuses_what_does_not_fit() -> None:
+    def call(shape: tuple[int, ...], slices: list[int], channels: tuple[str, ...] = CHANNELS) -> None:
+        meta = {"cohort": "c", "subject": "s", "session": "", "num_slices": 3, "present": 1}
+        shard.encode(np.zeros(shape, np.uint8), channels=channels, slices=slices, **meta)  # type: ignore[arg-type]
+
+    with pytest.raises(ValueError, match="1 to 64"):
+        call((65, *SHAPE), list(range(65)))
+    with pytest.raises(ValueError, match="rising"):
+        call((2, *SHAPE), [4, 4])
+    with pytest.raises(ValueError, match="channel names"):
+        call((1, *SHAPE), [0], ("T1w",))
