@@ -43,7 +43,7 @@ check: $(STAMP)  ## lint, format, types, layers, every YAML
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/lint-imports
+	$(BIN)/lint-imports --no-logo
 	$(BIN)/cranium check
 
 mlflow: $(STAMP)  ## the tracking UI, on loopback only (PORT=5000)

@@ -36,7 +36,9 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[cluster.Co
     machine = Machine(store=tmp_path_factory.mktemp("cluster"))
     tests = str(ROOT / "tests")
     before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [tests, before]))  # workers unpickle from our test modules
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        filter(None, [tests, before])
+    )  # workers unpickle from our test modules
     try:
         with cluster.connect(machine, num_cpus=6) as connection:
             yield connection

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,7 @@ def cohort(root: Path, name: str, conditions: list[str], signal: float, seed: in
     for subject, condition in zip(subjects, conditions, strict=True):
         centre = rng.normal(size=6) + signal * (condition == "lesion")
         for index in range(4):
-            vector = (centre + 0.1 * rng.normal(size=6)).astype(np.float16)
+            vector = (centre + 0.1 * rng.normal(size=6)).astype(np.float32)
             rows.append({"cohort": name, "subject": subject, "session": "", "slice": index, "present": 7, "features": vector.tobytes()})
     features.mkdir(parents=True)
     pq.write_table(pa.Table.from_pylist(rows), features / "features.parquet")
@@ -128,6 +129,29 @@ def test_groups_leave_one_out(cohorts):
         assert len({heads[s] for s, k in folds.items() if k == fold}) == 1
     with pytest.raises(UserError, match="family"):
         adapt.assign_folds(table, "family", 5, 0)
+
+
+def test_matched_sets_stay_whole_and_covariates_then_say_nothing(tmp_path):
+    """Balanced by construction: with whole sets the covariates row is at chance, with split ones far below it."""
+    conditions = ["control", "lesion"] * 30
+    home = cohort(tmp_path, "home", conditions, 0.0, 0)
+    sessions = pd.read_parquet(home.shard_set / "sessions.parquet")
+    sessions = sessions.assign(block=[f"b{i // 2}" for i in range(60)], head=[f"h{i // 2}" for i in range(60)])
+    sessions.to_parquet(home.shard_set / "sessions.parquet")
+    scores = {}
+    for matched in (None, "block"):
+        manifest = store.read_manifest(home.shard_set)
+        manifest["card"]["matched"] = matched
+        store.commit(home.shard_set, manifest)
+        table = adapt.subjects(home.shard_set, TASK)
+        folds = adapt.assign_folds(table, "subject", 5, 0)
+        if matched:
+            assert all(len({folds[s] for s in part["subject"]}) == 1 for _, part in table.groupby("block"))
+        job = work(tmp_path / str(matched), adapt.Cohort("home", home.shard_set, None), home, init="covariates")
+        blind = replace(job, external=())
+        scores[matched] = adapt.run_cell(blind, folds)["test/auroc"]
+    assert scores["block"] == 0.5
+    assert scores[None] < 0.4
 
 
 def test_missing_features_are_named(tmp_path, cohorts):

@@ -49,7 +49,7 @@ class Work:
 
 
 def subjects(shard_set: Path, task: Classification) -> pd.DataFrame:
-    """The subjects a task can use: one row each, with `label` (class number), sorted by subject.
+    """The subjects a task can use: one row each, with `label` (class number) and `matched` set, sorted by subject.
 
     A subject's first session that carries one of the task's classes stands for it (the declared rule). Subjects of
     other classes are left out; a raw value the card does not know is refused (LABEL).
@@ -69,6 +69,8 @@ def subjects(shard_set: Path, task: Classification) -> pd.DataFrame:
         raise UserError("LABEL", f"{manifest['cohort']}: values {strange[:8]} of {label.column} are in no class of the card")
     named = values.map(lambda v: class_of.get(str(v)) if pd.notna(v) else None)
     table = table.assign(label=named.map({name: k for k, name in enumerate(task.classes)}))
+    matched = manifest["card"].get("matched")
+    table = table.assign(matched=table[matched].astype(str) if matched else table["subject"])
     table = table[table["label"].notna()].drop_duplicates("subject").reset_index(drop=True)
     if table.empty:
         raise UserError("LABEL", f"no subject of {manifest['cohort']} has one of the classes {list(task.classes)}")
@@ -76,11 +78,11 @@ def subjects(shard_set: Path, task: Classification) -> pd.DataFrame:
 
 
 def assign_folds(table: pd.DataFrame, scheme: str, folds: int, seed: int) -> dict[str, int]:
-    """subject -> fold: k folds grouped by subject, or one fold per value of the group column `scheme`."""
+    """subject -> fold: k folds of subjects (matched sets whole), or one fold per value of the group column `scheme`."""
     ids = table["subject"].tolist()
     try:
         if scheme == "subject":
-            return splits.folds(ids, table["label"].to_numpy(), ids, folds, seed)
+            return splits.folds(ids, table["label"].to_numpy(), table["matched"].tolist(), folds, seed)
         if scheme not in table:
             raise ValueError(f"there is no column {scheme!r} to group by; sweep.group_by names a declared group")
         return splits.leave_one_group_out(ids, table[scheme].astype(str).tolist())

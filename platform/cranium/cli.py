@@ -37,10 +37,14 @@ app = typer.Typer(
 )
 Yaml = Annotated[Path, typer.Argument(metavar="FILE.yaml", help="an experiment, or the card of a cohort")]
 Settings = Annotated[
-    list[str] | None, typer.Argument(metavar="[key=value]...", help="a config key, or store= raw.COHORT= address= ...")
+    list[str] | None,
+    typer.Argument(metavar="[key=value]...", help="a config key, or store= raw.COHORT= address= ..."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="print one last line of JSON")]
 Debug = Annotated[bool, typer.Option("--debug", help="show tracebacks")]
+
+
+STOPPED = (130, 143)
 
 
 @dataclass
@@ -67,7 +71,9 @@ def read_target(path: Path, settings: Sequence[str] | None) -> Target:
     content = config.read_yaml(path)
     if "layout" in content or "access" in content:
         card = config.load_card(path)
-        settings = [f"raw.{card.name}={s.removeprefix('raw=')}" if s.startswith("raw=") else s for s in settings]
+        settings = [
+            f"raw.{card.name}={s.removeprefix('raw=')}" if s.startswith("raw=") else s for s in settings
+        ]
         facts, keys = _parted(settings)
         small = {"name": card.name, "ingest": {"cohorts": [card.name]}}
         exp = config._validated(Experiment, config._merge(small, config._nested(keys)), str(path))
@@ -130,7 +136,12 @@ def _farewell(study: Study, log: Path, seconds: float) -> None:
 
 
 @app.command()
-def demo(file: Yaml = Path("experiments/demo.yaml"), settings: Settings = None, json: Json = False, debug: Debug = False) -> None:
+def demo(
+    file: Yaml = Path("experiments/demo.yaml"),
+    settings: Settings = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
     """Make the demo cohorts from real heads."""
     _staged("demo", file, settings, json, debug)
 
@@ -203,11 +214,15 @@ def _submitted(verb: str, target: Target) -> Outcome:
     facts = machine.model_dump(mode="json", exclude={"address", "raw"}, exclude_none=True)
     arguments = ["experiment.yaml", *(f"{key}={value}" for key, value in facts.items())]
     arguments += [f"raw.{cohort}={folder.absolute()}" for cohort, folder in machine.raw.items()]
-    files = {f"cranium/share/datasets/{name}.yaml": config.to_yaml(card) for name, card in target.cards.items()}
+    files = {
+        f"cranium/share/datasets/{name}.yaml": config.to_yaml(card) for name, card in target.cards.items()
+    }
     files["experiment.yaml"] = config.to_yaml(target.exp)
     key = config.fingerprint({"exp": target.exp, "cards": target.cards, "store": machine.store})
     job, fresh = cluster.submit(address, target.exp.name, verb, key, [*arguments, "--json"], files)
-    print(f"{'submitted' if fresh else 'already under way:'} {job.id}  (Ctrl-C leaves it running)", flush=True)
+    print(
+        f"{'submitted' if fresh else 'already under way:'} {job.id}  (Ctrl-C leaves it running)", flush=True
+    )
     return _followed(address, job.id)
 
 
@@ -217,7 +232,9 @@ def _followed(address: str, job_id: str) -> Outcome:
     try:
         job = cluster.follow(address, job_id, lambda text: print(text, end="", flush=True))
     except KeyboardInterrupt:
-        print(f"left {job_id} running; `cranium logs {job_id} address={address}` follows it, `cranium stop` ends it")
+        print(
+            f"left {job_id} running; `cranium logs {job_id} address={address}` follows it, `cranium stop` ends it"
+        )
         raise
     code = job.exit_code if job.exit_code is not None else 143 if job.status == "STOPPED" else 1
     code = 128 - code if code < 0 else code  # killed by a signal: as a shell says it
@@ -244,7 +261,9 @@ def status(file: Yaml, settings: Settings = None, json: Json = False, debug: Deb
         if target.machine.address:
             jobs = cluster.jobs(_jobs_address(target.machine), f"{cluster.OURS}{target.exp.name}-")
             for job in jobs:
-                print(f"job       {job.id:<48} {job.status.lower()} {'' if job.exit_code is None else job.exit_code}")
+                print(
+                    f"job       {job.id:<48} {job.status.lower()} {'' if job.exit_code is None else job.exit_code}"
+                )
         made = [{"stage": stage, "name": name, "state": state} for stage, name, state in found]
         return Outcome(0, {"made": made, "jobs": [vars(job) for job in jobs]})
 
@@ -253,7 +272,9 @@ def status(file: Yaml, settings: Settings = None, json: Json = False, debug: Deb
 
 @app.command()
 def logs(
-    job: Annotated[str, typer.Argument(help="the id `submit` printed, or the experiment's YAML for its last job")],
+    job: Annotated[
+        str, typer.Argument(help="the id `submit` printed, or the experiment's YAML for its last job")
+    ],
     settings: Settings = None,
     json: Json = False,
     debug: Debug = False,
@@ -269,7 +290,9 @@ def logs(
 
 @app.command()
 def stop(
-    job: Annotated[str, typer.Argument(help="the id `submit` printed, or the experiment's YAML for its last job")],
+    job: Annotated[
+        str, typer.Argument(help="the id `submit` printed, or the experiment's YAML for its last job")
+    ],
     settings: Settings = None,
     json: Json = False,
     debug: Debug = False,
@@ -312,13 +335,17 @@ def _job_named(name: str, settings: list[str] | None) -> tuple[str, str]:
     address = _jobs_address(target.machine)
     jobs = cluster.jobs(address, f"{cluster.OURS}{target.exp.name}-")
     if not jobs:
-        raise UserError("NO_JOB", f"{address} has no job of {target.exp.name}; `cranium submit run {name}` makes one")
+        raise UserError(
+            "NO_JOB", f"{address} has no job of {target.exp.name}; `cranium submit run {name}` makes one"
+        )
     return address, max(jobs, key=lambda j: j.started).id
 
 
 @app.command()
 def check(
-    files: Annotated[list[Path] | None, typer.Argument(metavar="[FILE.yaml]...", help="default: every YAML")] = None,
+    files: Annotated[
+        list[Path] | None, typer.Argument(metavar="[FILE.yaml]...", help="default: every YAML")
+    ] = None,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -338,7 +365,9 @@ def check(
             try:
                 target = read_target(path, [])
                 _labels_exist(target)
-                unverified += [n for n, card in target.cards.items() if card.layout.unverified and n == path.stem]
+                unverified += [
+                    n for n, card in target.cards.items() if card.layout.unverified and n == path.stem
+                ]
             except UserError as error:
                 problems.append(str(error))
         for problem in problems:
@@ -346,7 +375,9 @@ def check(
         if unverified:
             print(f"layouts nobody could verify against the data yet: {', '.join(sorted(set(unverified)))}")
         print(f"{len(paths)} files checked, {len(problems)} with errors")
-        return Outcome(2 if problems else 0, {"files": len(paths), "errors": problems, "unverified": unverified})
+        return Outcome(
+            2 if problems else 0, {"files": len(paths), "errors": problems, "unverified": unverified}
+        )
 
     _finish("check", work, json, debug)
 
@@ -356,8 +387,12 @@ def _labels_exist(target: Target) -> None:
         for cohort in (task.cohort, *task.external):
             label = target.cards[cohort].labels.get(task.label)
             if label is None or (unknown := set(task.classes) - set(label.classes)):
-                known = f"label {task.label}" if label is None else f"classes {sorted(unknown)} of {task.label}"
-                raise UserError("CONFIG", f"{target.path}: task {task.name}: the card of {cohort} declares no {known}")
+                known = (
+                    f"label {task.label}" if label is None else f"classes {sorted(unknown)} of {task.label}"
+                )
+                raise UserError(
+                    "CONFIG", f"{target.path}: task {task.name}: the card of {cohort} declares no {known}"
+                )
 
 
 @app.command()
@@ -369,7 +404,12 @@ def show(file: Yaml, settings: Settings = None, json: Json = False, debug: Debug
         exp, machine = target.exp, target.machine
         print(config.to_yaml(exp))
         cost = _cost(exp)
-        facts = {"hash": config.fingerprint(exp), "store": str(machine.store), "tracking": machine.tracking, **cost}
+        facts = {
+            "hash": config.fingerprint(exp),
+            "store": str(machine.store),
+            "tracking": machine.tracking,
+            **cost,
+        }
         for key, value in facts.items():
             print(f"# {key}: {value}")
         return Outcome(0, facts)
@@ -384,7 +424,9 @@ def _cost(exp: Experiment) -> dict[str, Any]:
         cost["steps"] = runs * exp.pretrain.steps
         cost["stacks seen"] = cost["steps"] * exp.pretrain.batch_size
     if exp.sweep and exp.adapt:
-        each = len(exp.adapt.tasks) * len(exp.sweep.init) * len(exp.sweep.label_fractions) * len(exp.sweep.seeds)
+        each = (
+            len(exp.adapt.tasks) * len(exp.sweep.init) * len(exp.sweep.label_fractions) * len(exp.sweep.seeds)
+        )
         folds = exp.sweep.folds * exp.sweep.group_by.count("subject")
         others = [scheme for scheme in exp.sweep.group_by if scheme != "subject"]
         cost["cells"] = f"{each * folds}" + "".join(f" + {each} for each {scheme}" for scheme in others)
@@ -401,7 +443,9 @@ def verify(file: Yaml, settings: Settings = None, json: Json = False, debug: Deb
         target = read_target(file, settings)
         checked = flow.verify(target.exp, target.machine)
         if not checked:
-            raise UserError("NOT_INGESTED", f"no cohort of {target.exp.name} is ingested; run `cranium ingest {file}`")
+            raise UserError(
+                "NOT_INGESTED", f"no cohort of {target.exp.name} is ingested; run `cranium ingest {file}`"
+            )
         for name, shards in checked.items():
             print(f"{name}: {shards} shards as written")
         return Outcome(0, {"shards": checked})
@@ -431,6 +475,11 @@ def _finish(verb: str, work: Callable[[], Outcome], as_json: bool, debug: bool) 
     if as_json:
         print(json.dumps({"verb": verb, "exit_code": outcome.code, **outcome.facts}, default=str))
     sys.stdout.flush()
+    if (
+        outcome.code in STOPPED
+    ):  # everything is shut down; Ray's threads, stopped half-way, may abort a normal exit
+        sys.stderr.flush()
+        os._exit(outcome.code)
     raise SystemExit(outcome.code)
 
 
@@ -445,7 +494,9 @@ def _explained(raised: BaseException, received: set[int]) -> tuple[Outcome, str]
         hint = "the log has the traceback, and --debug shows it"
         error = UserError("FAILED", f"{type(raised).__name__}: {text} ({hint})", 1)
     message = " ".join(str(error).split())
-    return Outcome(error.exit_code, {"error": error.code, "message": message}), f"error {error.code}: {message}"
+    return Outcome(
+        error.exit_code, {"error": error.code, "message": message}
+    ), f"error {error.code}: {message}"
 
 
 def _user_error(raised: BaseException) -> UserError | None:
@@ -457,7 +508,9 @@ def _user_error(raised: BaseException) -> UserError | None:
         if isinstance(current, UserError):
             return current
         if isinstance(current, OSError) and current.errno == 28:
-            return UserError("NO_SPACE", f"the disk is full ({current.filename}); free some and run the same again", 1)
+            return UserError(
+                "NO_SPACE", f"the disk is full ({current.filename}); free some and run the same again", 1
+            )
         cause = getattr(current, "cause", None)
         current = cause if isinstance(cause, BaseException) else current.__cause__ or current.__context__
     return None
@@ -471,7 +524,8 @@ def _signals() -> Iterator[Callable[[], set[int]]]:
         raise Terminated
 
     ours, theirs = socket.socketpair()
-    ours.setblocking(False), theirs.setblocking(False)
+    ours.setblocking(False)
+    theirs.setblocking(False)
     before = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
     handler = signal.signal(signal.SIGTERM, terminate)
 
@@ -485,7 +539,8 @@ def _signals() -> Iterator[Callable[[], set[int]]]:
     finally:
         signal.set_wakeup_fd(before)
         signal.signal(signal.SIGTERM, handler)
-        ours.close(), theirs.close()
+        ours.close()
+        theirs.close()
 
 
 def _shipped(path: Path) -> Path:
@@ -496,7 +551,11 @@ def _shipped(path: Path) -> Path:
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """The console script. Usage errors end in one line and exit code 2."""
     try:
-        code = app(args=list(sys.argv[1:] if arguments is None else arguments) or ["--help"], prog_name="cranium", standalone_mode=False)
+        code = app(
+            args=list(sys.argv[1:] if arguments is None else arguments) or ["--help"],
+            prog_name="cranium",
+            standalone_mode=False,
+        )
     except BrokenPipeError:  # `cranium show x.yaml | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         raise SystemExit(141) from None

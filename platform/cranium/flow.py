@@ -13,14 +13,22 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 from cranium import cluster, store, track
-from cranium.config import PRETRAINED_HERE, Card, Experiment, Machine, UserError, fingerprint, to_yaml
+from cranium.config import Card, Experiment, Machine, UserError, fingerprint, to_yaml
 from cranium.store import Artefact
 
 if TYPE_CHECKING:
@@ -29,7 +37,9 @@ if TYPE_CHECKING:
 Tell = Callable[[int, int, str], None]
 Features = dict[tuple[str, str], Artefact]
 DEMO_COHORTS = ("demo_ssl", "demo", "demo_external")
-LIVE_SECONDS = 10.0  # how often a running pretraining is sent on to MLflow, and how often a plain log gets a line
+LIVE_SECONDS = (
+    10.0  # how often a running pretraining is sent on to MLflow, and how often a plain log gets a line
+)
 
 
 @dataclass
@@ -71,12 +81,16 @@ class Study:
 @contextlib.contextmanager
 def _bar(console: Console, name: str) -> Iterator[Tell]:
     if not console.is_terminal:
-        last = [time.monotonic()]
+        begun = time.monotonic()
+        last = begun
 
         def line(done: int, total: int, text: str) -> None:
-            if time.monotonic() - last[0] >= LIVE_SECONDS:
-                last[0] = time.monotonic()
-                console.print(f"  {name}: {done}/{total} {text}", highlight=False)
+            nonlocal last
+            now = time.monotonic()
+            if now - last >= LIVE_SECONDS:
+                last = now
+                eta = f"ETA {_clock((now - begun) * (total - done) / done)}" if done else ""
+                console.print(f"  {name}: {done}/{total} {text} {eta}", soft_wrap=True)
 
         yield line
         return
@@ -98,10 +112,9 @@ def demo(study: Study) -> Artefact:
     """The demo cohorts, made from real heads."""
     from cranium import demo as maker
 
-    spec = study.exp.demo
-    if spec is None:
+    spec, made = study.exp.demo, _demo_artefact(study)
+    if spec is None or made is None:
         raise UserError("CONFIG", f"experiment {study.exp.name} has no `demo:`; use experiments/demo.yaml")
-    made = store.artefact(study.machine.store, "demo", "demo", {"recipe": maker.RECIPE, "demo": spec})
     study.made["demo"] = str(made.path)
     if made.done:
         study.skipped("demo")
@@ -155,7 +168,9 @@ def _count(study: Study, cohort: str, made: Artefact) -> None:
         study.rejected = True
         reasons = ", ".join(f"{n} x {code}" for code, n in sorted(manifest["rejections"].items()))
         table = made.path / "quarantine.parquet"
-        study.note(f"{cohort}: {counts['rejected']} of {counts['scans']} scans rejected ({reasons}); see {table}")
+        study.note(
+            f"{cohort}: {counts['rejected']} of {counts['scans']} scans rejected ({reasons}); see {table}"
+        )
 
 
 def _raw(study: Study, cohort: str) -> Path | None:
@@ -164,11 +179,7 @@ def _raw(study: Study, cohort: str) -> Path | None:
         if not given.is_dir():
             raise UserError("NO_RAW", f"raw.{cohort}={given} is no folder")
         return given
-    if study.exp.demo is not None and cohort in DEMO_COHORTS:
-        from cranium import demo as maker
-
-        key = {"recipe": maker.RECIPE, "demo": study.exp.demo}
-        made = store.artefact(study.machine.store, "demo", "demo", key)
+    if cohort in DEMO_COHORTS and (made := _demo_artefact(study)):
         if not made.done:
             raise UserError("NO_DEMO", "the demo cohorts are not made yet; run `cranium demo` first")
         if (made.path / cohort).is_dir():
@@ -188,7 +199,8 @@ def ingested(study: Study, cohorts: tuple[str, ...]) -> dict[str, Artefact]:
             continue
         made = _shard_set(study, cohort, raw)
         if not made.done:
-            raise UserError("NOT_INGESTED", f"cohort {cohort} is not ingested with these settings; run `cranium ingest` first")
+            reason = f"cohort {cohort} is not ingested with these settings; run `cranium ingest` first"
+            raise UserError("NOT_INGESTED", reason)
         sets[cohort] = made
     return sets
 
@@ -228,7 +240,7 @@ def embed(
 
     exp = study.exp
     if exp.sweep is None or exp.adapt is None:
-        raise UserError("CONFIG", f"experiment {exp.name} has no `adapt:` and `sweep:`, so there is nothing to embed for")
+        raise UserError("CONFIG", f"experiment {exp.name} has no `adapt:` and `sweep:`: nothing to embed for")
     cohorts = tuple(dict.fromkeys(c for task in exp.adapt.tasks for c in (task.cohort, *task.external)))
     sets = ingested(study, cohorts) if sets is None else sets
     pretrained = _pretrained(study) if pretrained is None else pretrained
@@ -266,7 +278,10 @@ def sweep(study: Study, sets: Mapping[str, Artefact] | None = None, features: Fe
     cells = len(grid.missing)
     if cells or not grid.artefact.done:
         _write_resolved(study, grid.artefact)
-        with study.stage(f"sweep ({cells} of {len(grid.works)} cells)") as tell, cluster.connect(study.machine):
+        with (
+            study.stage(f"sweep ({cells} of {len(grid.works)} cells)") as tell,
+            cluster.connect(study.machine),
+        ):
             stage.sweep(grid, exp, tell)
     else:
         study.skipped(f"sweep ({len(grid.works)} cells)")
@@ -274,6 +289,86 @@ def sweep(study: Study, sets: Mapping[str, Artefact] | None = None, features: Fe
         study.note(f"accepted overlap: {stamp}")
     _track_sweep(study, grid, fresh=cells > 0)
     return grid
+
+
+def report(
+    study: Study,
+    sets: Mapping[str, Artefact] | None = None,
+    pretrained: Mapping[str, Artefact] | None = None,
+    grid: Grid | None = None,
+) -> Artefact:
+    """One page on all of it: what was asked, what was found, what could not be had."""
+    from cranium import report as stage
+    from cranium import sweep as grids
+
+    exp = study.exp
+    sets = ingested(study, exp.ingest.cohorts) if sets is None else sets
+    pretrained = _pretrained(study) if pretrained is None else pretrained
+    if grid is None:
+        grid = grids.declare(_what_there_is(study, sets), study.machine, sets, _embedded(study, sets))
+        if grid.missing:
+            count = f"{len(grid.missing)} of {len(grid.works)}"
+            raise UserError("NOT_SWEPT", f"{count} cells are not there yet; run `cranium sweep` first")
+    tracked = {name: runs(study, made).get("run", "") for name, made in pretrained.items()}
+    tracked["sweep"] = runs(study, grid.artefact).get("run", "")
+    tracked = {name: run for name, run in tracked.items() if run}
+    demo_made = _demo_artefact(study)
+    key = {
+        "report": exp.report,
+        "asks": exp.asks,
+        "grid": grid.artefact.id,
+        "pretrained": [made.id for made in pretrained.values()],
+        "shards": [made.id for made in sets.values()],
+        "missing": study.missing,
+        "runs": tracked,
+        "code": _git(),
+    }
+    made = store.artefact(study.machine.store, "report", exp.name, key)
+    page = made.path / "report.html"
+    study.made["report"] = str(page)
+    if made.done:
+        study.skipped("report")
+        return made
+    with study.stage("report"):
+        stage.write(
+            exp.name,
+            stage.ReportInputs(
+                cohorts=[shards.path for shards in sets.values()],
+                pretraining={name: result.path / "journal" for name, result in pretrained.items()},
+                cells=[work.folder for work in grid.works],
+                source=str(demo_made.manifest()["stamp"]) if demo_made else ", ".join(sets),
+                title=exp.report.title,
+                asks=exp.asks,
+                stamps=grid.stamps,
+                notes=[
+                    *study.notes,
+                    *(f"could not be had: {what}: {why}" for what, why in study.missing.items()),
+                ],
+                seconds=dict(study.seconds),
+                config=to_yaml(exp),
+                git=_git(),
+                versions={name: version(name) for name in ("ray", "mlflow", "torch", "timm", "numpy")},
+                runs=tracked,
+                mlflow_uri=study.machine.tracking,
+                bootstrap=exp.report.bootstrap,
+            ),
+            page,
+        )
+        _write_resolved(study, made)
+        store.commit(
+            made.path,
+            {"stage": "report", "experiment": exp.name, "key": key | {"report": exp.report.model_dump()}},
+        )
+    return made
+
+
+def _demo_artefact(study: Study) -> Artefact | None:
+    if study.exp.demo is None:
+        return None
+    from cranium import demo as maker
+
+    key = {"recipe": maker.RECIPE, "demo": study.exp.demo}
+    return store.artefact(study.machine.store, "demo", "demo", key)
 
 
 def run(study: Study) -> None:
@@ -294,7 +389,9 @@ def run(study: Study) -> None:
 
 def _had(sets: Mapping[str, Artefact], study: Study, cohort: str) -> Artefact:
     if cohort not in sets:
-        raise UserError("NO_COHORT", f"cohort {cohort} could not be had: {study.missing.get(cohort, 'unknown')}", 1)
+        raise UserError(
+            "NO_COHORT", f"cohort {cohort} could not be had: {study.missing.get(cohort, 'unknown')}", 1
+        )
     return sets[cohort]
 
 
@@ -317,9 +414,13 @@ def _pretrained(study: Study) -> dict[str, Artefact]:
         return {}
     sets = ingested(study, spec.cohorts)
     corpus = [_had(sets, study, cohort) for cohort in spec.cohorts]
-    made = {init: stage.artefact(study.exp, study.machine, init, corpus) for init in spec.inits}
+    made: dict[str, Artefact] = {
+        init: stage.artefact(study.exp, study.machine, init, corpus) for init in spec.inits
+    }
     if absent := [init for init, result in made.items() if not result.done]:
-        raise UserError("NOT_PRETRAINED", f"{', '.join(absent)} is not pretrained yet; run `cranium pretrain` first")
+        raise UserError(
+            "NOT_PRETRAINED", f"{', '.join(absent)} is not pretrained yet; run `cranium pretrain` first"
+        )
     return made
 
 
@@ -332,7 +433,9 @@ def _embedded(study: Study, sets: Mapping[str, Artefact]) -> Features:
         for cohort in {c for task in exp.adapt.tasks for c in (task.cohort, *task.external)} & set(sets):
             made = stage.artefact(exp, study.machine, init, sets[cohort], pretrained.get(init))
             if not made.done:
-                raise UserError("NOT_EMBEDDED", f"{cohort} is not embedded with {init} yet; run `cranium embed` first")
+                raise UserError(
+                    "NOT_EMBEDDED", f"{cohort} is not embedded with {init} yet; run `cranium embed` first"
+                )
             features[init, cohort] = made
     return features
 
@@ -369,7 +472,7 @@ def status(exp: Experiment, machine: Machine) -> list[tuple[str, str, str]]:
     prefixes = {
         "demo": ("demo-",) if exp.demo else (),
         "ingest": cohorts,
-        "pretrain": tuple(f"{exp.name}_{init}-" for init in exp.pretrain.inits) if exp.pretrain else (),
+        "pretrain": tuple(f"{init}-{exp.arch}-" for init in exp.pretrain.inits) if exp.pretrain else (),
         "embed": tuple(f"{init.replace(':', '_')}_{cohort}" for init in inits for cohort in cohorts),
         "sweep": (f"{exp.name}-",),
         "report": (f"{exp.name}-",),
@@ -399,7 +502,9 @@ def verify(exp: Experiment, machine: Machine) -> dict[str, int]:
                 bad.append(str(path))
         checked[made.id] = len(manifest["shards"])
     if bad:
-        raise UserError("SHARD_CORRUPT", f"not as written: {', '.join(bad)}; remove their folder and ingest again", 1)
+        raise UserError(
+            "SHARD_CORRUPT", f"not as written: {', '.join(bad)}; remove their folder and ingest again", 1
+        )
     return checked
 
 
@@ -422,7 +527,8 @@ def _tracker(study: Study) -> track.Tracker:
 
 def _mark(study: Study, made: Artefact) -> Path:
     """What of an artefact MLflow has: a file per tracking store, so that a second run need not ask."""
-    return study.machine.store / "tracked" / fingerprint(study.machine.tracking)[:8] / f"{made.id.replace('/', '-')}.json"
+    folder = study.machine.store / "tracked" / fingerprint(study.machine.tracking)[:8]
+    return folder / f"{made.id.replace('/', '-')}.json"
 
 
 def runs(study: Study, made: Artefact) -> dict[str, str]:
@@ -448,10 +554,15 @@ def _git() -> str:
 
 def _pretrain_run(study: Study, init: str, made: Artefact) -> str:
     assert study.exp.pretrain
-    manifest = ",".join(Artefact(Path(study.made[f"ingest {c}"])).path.name for c in study.exp.pretrain.cohorts
-                        if f"ingest {c}" in study.made)
+    manifest = ",".join(
+        Artefact(Path(study.made[f"ingest {c}"])).path.name
+        for c in study.exp.pretrain.cohorts
+        if f"ingest {c}" in study.made
+    )
     run = _tracker(study).run(
-        made.id, f"pretrain {init}", _tags(study, stage="pretrain", init=init, manifest=manifest, artefact=made.id)
+        made.id,
+        f"pretrain {init}",
+        _tags(study, stage="pretrain", init=init, manifest=manifest, artefact=made.id),
     )
     _tracker(study).params(run, track.flatten(study.exp.pretrain.model_dump(mode="json")))
     return run
@@ -492,16 +603,24 @@ def _track_sweep(study: Study, grid: Grid, fresh: bool) -> None:
         tracker = _tracker(study)
         assert study.exp.sweep
         parent = tracker.run(
-            grid.artefact.id, f"sweep {study.exp.name}", _tags(study, stage="sweep", artefact=grid.artefact.id)
+            grid.artefact.id,
+            f"sweep {study.exp.name}",
+            _tags(study, stage="sweep", artefact=grid.artefact.id),
         )
         tracker.params(parent, track.flatten(study.exp.sweep.model_dump(mode="json")))
         ids, git = {"run": parent}, _git()
         for done, work in enumerate(grid.works, 1):
             cell = work.cell.model_dump(mode="json")
-            tags = {k: track.plain(v) for k, v in cell.items()} | {"stage": "adapt", "git": git, **dict(work.tags)}
+            tags = {k: track.plain(v) for k, v in cell.items()} | {
+                "stage": "adapt",
+                "git": git,
+                **dict(work.tags),
+            }
             scores = {k: v for k, v in store.read_manifest(work.folder)["metrics"].items() if v is not None}
             key = Artefact(work.folder).id
-            ids[work.folder.name] = tracker.record(key, work.cell.name, parent, tags, track.flatten(cell), scores)
+            ids[work.folder.name] = tracker.record(
+                key, work.cell.name, parent, tags, track.flatten(cell), scores
+            )
             tell(done, len(grid.works), "runs")
         tracker.log(parent, {"cells": float(len(grid.works))})
         tracker.artefact(parent, grid.artefact.path / "resolved.yaml")

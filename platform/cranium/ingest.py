@@ -8,7 +8,6 @@ ingest that was killed goes on where it was: what has a record is not read again
 from __future__ import annotations
 
 import errno
-import functools
 import json
 import os
 import shutil
@@ -26,7 +25,7 @@ from cranium import cohort, store
 from cranium.config import Card, Compute, Ingest, Machine, UserError, fingerprint
 from cranium.store import Artefact
 from cranium.volume import nifti, normalise, shard, slices
-from cranium.volume.quality import Note, Rejected
+from cranium.volume.quality import Rejected
 
 Progress = Callable[[int, int, str], None]
 RECIPE = 1  # raise it when the same scans and settings give other bytes
@@ -44,6 +43,7 @@ RECORD = {  # columns of sessions.parquet beside those of the card; a string hol
     "sources": pa.string(),  # of each channel: contrast, path, sha256
     "warnings": pa.string(),
 }
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 QUARANTINE = ("cohort", "subject", "session", "contrast", "path", "code", "reason")
 
 
@@ -62,7 +62,13 @@ def ingest(
         return target
     with store.lock(machine.store, target.id):
         if not target.done:
-            _make(card, spec, table, target, progress or (lambda done, total, text: None))
+            try:
+                _make(card, spec, table, target, progress or (lambda done, total, text: None))
+            except OSError as error:
+                if error.errno not in FULL:
+                    raise
+                message = f"{target.path} cannot be written ({error.strerror}); free space and run again"
+                raise UserError("NO_SPACE", message, 1) from error
     return target
 
 
@@ -73,11 +79,12 @@ def _check_spec(card: Card, spec: Ingest) -> None:
         raise UserError("NO_CONTRAST", f"{card.name} has {have}, none of {want}; set ingest.contrasts")
     if spec.mask == "supplied" and card.layout.mask is None:
         raise UserError(
-            "NO_MASK", f"the card of {card.name} names no `layout.mask`; add it, or set ingest.mask=otsu"
+            "NO_MASK", f"{card.name}: its card has no `layout.mask`; add it, or set ingest.mask=otsu"
         )
     if clash := RECORD.keys() & set(card.participants.columns if card.participants else ()):
+        names = ", ".join(sorted(clash))
         raise UserError(
-            "CONFIG", f"{card.name}: participants.columns cannot be called {', '.join(sorted(clash))}"
+            "CONFIG", f"{card.name}: ingest has columns {names} of its own; rename participants.columns"
         )
 
 
@@ -125,138 +132,85 @@ class _Job:
 
 def _ingest_session(row: dict[str, Any], job: _Job) -> dict[str, Any]:
     """One session: read, conform, write its part and its record. Only `Rejected` is an outcome; the rest are bugs."""
-    slices.limit_threads(job.spec.compute.threads or max(1, int(job.spec.compute.cpus_per_worker)))
-    index, session = int(row["index"]), json.loads(row["session"])
-    record: dict[str, Any] = {"index": index, "scans": len(session["scans"]), "warned": 0, "row_groups": []}
-    scans, sources, rejected = _read_scans(session["scans"], job)
+    spec, index, session = job.spec, int(row["index"]), json.loads(row["session"])
+    slices.limit_threads(spec.compute.threads or max(1, int(spec.compute.cpus_per_worker)))
+    wanted = {channel: normalise.Wanted(*scan[1:]) for channel, scan in session["scans"].items()}
+    volumes, scans, rejected = normalise.read_scans(job.root, wanted, spec.mask == "supplied")
+    record: dict[str, Any] = {"index": index, "scans": len(wanted), "warned": 0, "row_groups": []}
     if scans:
         try:
             conformed = normalise.conform(
                 scans,
-                job.spec.channels,
-                size=job.spec.size,
-                spacing_mm=job.spec.spacing_mm,
-                slice_spacing_mm=job.spec.slice_spacing_mm,
-                percentiles=job.spec.percentiles,
-                min_brain=job.spec.min_brain,
+                spec.channels,
+                size=spec.size,
+                spacing_mm=spec.spacing_mm,
+                slice_spacing_mm=spec.slice_spacing_mm,
+                percentiles=spec.percentiles,
+                min_brain=spec.min_brain,
             )
         except Rejected as reason:
             rejected |= dict.fromkeys(scans, reason)
         else:
             rejected |= conformed.rejected
-            kept = {channel: sources[channel] for channel in conformed.notes}
-            record |= _write_part(index, session, conformed, kept, job)
+            record |= _write_part(job, index, session, conformed, volumes)
+    who = [job.cohort, session["subject"], session["session"]]
     record["rejected"] = [
-        [
-            job.cohort,
-            session["subject"],
-            session["session"],
-            scan["contrast"],
-            scan["path"],
-            why.code,
-            why.reason,
-        ]
-        for channel, scan in session["scans"].items()
-        if (why := rejected.get(channel))
+        [*who, *session["scans"][channel][:2], why.code, why.reason] for channel, why in rejected.items()
     ]
     store.write_atomic(job.record(index), json.dumps(record))
     return {"index": index}
 
 
-def _read_scans(
-    wanted: dict[str, Any], job: _Job
-) -> tuple[dict[str, normalise.Masked], dict[str, Any], dict[str, Rejected]]:
-    """Channel -> scan with its mask; where it came from; and what was rejected."""
-    read = functools.cache(functools.partial(_read, job.root))
-    scans: dict[str, normalise.Masked] = {}
-    sources: dict[str, Any] = {}
-    rejected: dict[str, Rejected] = {}
-    spare = next((scan["mask"] for scan in wanted.values() if scan["mask"]), None)
-    for channel, scan in wanted.items():
-        try:
-            volume = read(scan["path"])
-            mask, notes = None, [Note("RUN_CHOSEN", scan["note"])] if scan["note"] else []
-            if job.spec.mask == "supplied":
-                if (path := scan["mask"] or spare) is None:
-                    raise Rejected(
-                        "MASK_MISSING", "no mask where the card's layout.mask says; or set ingest.mask=otsu"
-                    )
-                if path != scan["mask"]:
-                    notes.append(Note("MASK_SHARED", path))
-                mask = _read_mask(path, read)
-            scans[channel] = normalise.masked(volume, mask, tuple(notes))
-            sources[channel] = {
-                "contrast": scan["contrast"],
-                "path": scan["path"],
-                "sha256": volume.sha256,
-                "shape": volume.data.shape,
-                "affine": volume.affine.round(6).tolist(),
-            }
-        except Rejected as reason:
-            rejected[channel] = reason
-    return scans, sources, rejected
-
-
-def _read(root: Path, path: str) -> nifti.Volume:
-    return nifti.read(root / path, root=root)
-
-
-def _read_mask(path: str, read: Callable[[str], nifti.Volume]) -> nifti.Volume:
-    try:
-        return read(path)
-    except Rejected as reason:
-        raise Rejected(reason.code, f"its brain mask {path}: {reason.reason}") from reason
-
-
 def _write_part(
-    index: int, session: dict[str, Any], conformed: normalise.Conformed, sources: dict[str, Any], job: _Job
+    job: _Job,
+    index: int,
+    session: dict[str, Any],
+    conformed: normalise.Conformed,
+    volumes: dict[str, nifti.Volume],
 ) -> dict[str, Any]:
+    """Write the row groups of a session; what its record says of them."""
     spec, run = job.spec, conformed.slices
-    present = sum(1 << i for i, channel in enumerate(spec.channels) if channel in sources)
+    used = {channel: volumes[channel] for channel in spec.channels if channel in conformed.notes}
+    present = sum(1 << i for i, channel in enumerate(spec.channels) if channel in used)
     if spec.stack == "contrasts":
         stacks = slices.to_stacks(conformed.volumes, run)
     else:
         stacks = slices.to_neighbours(conformed.volumes[0], run, spec.neighbours)
+    names = {"cohort": job.cohort, "subject": session["subject"], "session": session["session"]}
     tables = [
         shard.encode(
             stacks[start : start + shard.MAX_ROWS],
             channels=spec.channels,
-            cohort=job.cohort,
-            subject=session["subject"],
-            session=session["session"],
             slices=run[start : start + shard.MAX_ROWS],
             num_slices=len(run),
             present=present,
+            **names,
         )
         for start in range(0, len(stacks), shard.MAX_ROWS)
     ]
     _publish(job.part(index), lambda path: shard.write(path, tables, spec.codec))
-    warnings = [
-        {"contrast": channel, "code": note.code, "reason": note.reason}
-        for channel, notes in conformed.notes.items()
-        for note in notes
-    ]
+    warnings = [(channel, note) for channel, notes in conformed.notes.items() for note in notes]
+    sources = {}
+    for channel, volume in used.items():
+        contrast, path = session["scans"][channel][:2]
+        sources[channel] = {"contrast": contrast, "path": path, "sha256": volume.sha256}
     columns = {
         **session["values"],
-        "cohort": job.cohort,
-        "subject": session["subject"],
-        "session": session["session"],
+        **names,
         "present": present,
         "num_slices": len(run),
         "slice_first": run.start,
-        "native_shape": json.dumps({channel: source["shape"] for channel, source in sources.items()}),
-        "native_affine": json.dumps({channel: source["affine"] for channel, source in sources.items()}),
+        "native_shape": json.dumps({channel: volume.data.shape for channel, volume in used.items()}),
+        "native_affine": json.dumps({c: volume.affine.round(6).tolist() for c, volume in used.items()}),
         "stack_affine": json.dumps(conformed.grid.affine.round(6).tolist()),
         "crop": json.dumps({"shape": conformed.grid.shape, "slices": [run.start, run.stop]}),
-        "sources": json.dumps(
-            {c: {k: s[k] for k in ("contrast", "path", "sha256")} for c, s in sources.items()}
-        ),
-        "warnings": json.dumps(warnings),
+        "sources": json.dumps(sources),
+        "warnings": json.dumps([{"contrast": c, "code": n.code, "reason": n.reason} for c, n in warnings]),
     }
     return {
         "row_groups": [table.num_rows for table in tables],
         "bytes": job.part(index).stat().st_size,
-        "warned": len({w["contrast"] for w in warnings}),
+        "warned": len({channel for channel, _ in warnings}),
         "session": columns,
     }
 
@@ -352,22 +306,11 @@ def _make(card: Card, spec: Ingest, table: cohort.CohortTable, target: Artefact,
 
 
 def _wanted(session: cohort.Session, spec: Ingest) -> dict[str, Any]:
-    """What a task must know of a session: channel -> the scan that fills it."""
-    scans = {}
-    for channel in spec.channels:
-        if scan := session.scans.get(_source(spec, channel)):
-            scans[channel] = {
-                "contrast": scan.contrast,
-                "path": scan.path,
-                "mask": scan.mask,
-                "note": scan.note,
-            }
-    return {
-        "subject": session.subject,
-        "session": session.session,
-        "scans": scans,
-        "values": dict(session.values),
-    }
+    """What a task must know of a session: channel -> contrast, path, mask and note of the scan that fills it."""
+    found = {channel: session.scans.get(_source(spec, channel)) for channel in spec.channels}
+    scans = {channel: (s.contrast, s.path, s.mask, s.note) for channel, s in found.items() if s}
+    names = {"subject": session.subject, "session": session.session}
+    return {**names, "scans": scans, "values": dict(session.values)}
 
 
 def _on_ray(
@@ -377,35 +320,26 @@ def _on_ray(
     if not items:
         return
     import ray.data
-    import ray.exceptions
 
     compute: Compute = job.spec.compute
-    blocks = min(
-        len(items), max(200, 8 * compute.num_workers)
-    )  # small enough to report progress and share the load
-    dataset = ray.data.from_items(items, override_num_blocks=blocks).map(
-        work,
-        fn_args=(job,),
-        num_cpus=compute.cpus_per_worker,
-        compute=ray.data.TaskPoolStrategy(compute.num_workers),
-    )
+    blocks = min(len(items), max(200, 8 * compute.num_workers))  # many, to report progress and share the load
+    tasks = ray.data.TaskPoolStrategy(min(compute.num_workers, blocks))
+    dataset = ray.data.from_items(items, override_num_blocks=blocks)
+    done = dataset.map(_guarded, fn_args=(work, job), num_cpus=compute.cpus_per_worker, compute=tasks)
+    for row in done.iter_rows():
+        if row["errno"]:
+            raise OSError(row["errno"], os.strerror(row["errno"]))
+        yield row
+
+
+def _guarded(row: dict[str, Any], work: Callable[..., dict[str, Any]], job: _Job) -> dict[str, Any]:
+    """A disk that takes no more is told as a value: Ray Data turns an exception into text, and its kind is lost."""
     try:
-        yield from dataset.iter_rows()
-    except ray.exceptions.RayTaskError as error:
-        raise _user_error(error, job) from error
-
-
-def _user_error(error: BaseException, job: _Job) -> BaseException:
-    """The `UserError` inside what Ray raises, a full disk as one; a bug stays what it is."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, UserError):
-            return cause
-        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-            message = f"{job.folder} cannot be written ({cause.strerror}); free space and run again"
-            return UserError("NO_SPACE", message, 1)
-        cause = getattr(cause, "cause", None) or cause.__cause__
-    return error
+        return {**work(row, job), "errno": 0}
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        return {"index": row["index"], "errno": error.errno}
 
 
 # ---- the end of it --------------------------------------------------------------------------------------------------

@@ -26,7 +26,12 @@ if TYPE_CHECKING:
 
 KEY = "cranium.key"  # the tag that makes creating a run idempotent
 PARENT = "mlflow.parentRunId"
-MAX_METRICS, MAX_PARAMS, MAX_TAGS, MAX_VALUE = 1000, 100, 100, 6000  # MLflow's limits for one batch, one param
+MAX_METRICS, MAX_PARAMS, MAX_TAGS, MAX_VALUE = (
+    1000,
+    100,
+    100,
+    6000,
+)  # MLflow's limits for one batch, one param
 ARTEFACTS = "mlflow-artifacts"  # beside a sqlite database
 
 METRICS: Mapping[str, str] = {
@@ -146,7 +151,9 @@ class Tracker:
         with _schema_lock(self.uri):  # two processes that first use a database at once break its schema
             found = self._client.get_experiment_by_name(name)
             if found is None:
-                return str(self._client.create_experiment(name, artifact_location=_artefact_location(self.uri)))
+                return str(
+                    self._client.create_experiment(name, artifact_location=_artefact_location(self.uri))
+                )
         if found.lifecycle_stage == "deleted":
             self._client.restore_experiment(found.experiment_id)
         return str(found.experiment_id)
@@ -198,7 +205,11 @@ class Tracker:
             now = int(time.time() * 1000)
             self._batch(
                 run_id,
-                [(k, float(v), now, step) for k, v in (metrics or {}).items() if data.metrics.get(k) != float(v)],
+                [
+                    (k, float(v), now, step)
+                    for k, v in (metrics or {}).items()
+                    if data.metrics.get(k) != float(v)
+                ],
                 {k: str(v) for k, v in (params or {}).items() if k not in data.params},
                 {k: str(v) for k, v in (tags or {}).items() if data.tags.get(k) != str(v)},
             )
@@ -241,7 +252,9 @@ class Tracker:
             ]
             for start in range(0, len(points), MAX_METRICS):
                 chunk = points[start : start + MAX_METRICS]
-                self._batch(run_id, chunk)  # if we die here, the same points come again: MLflow knows them by time
+                self._batch(
+                    run_id, chunk
+                )  # if we die here, the same points come again: MLflow knows them by time
                 marks.update({name: step for name, _, _, step in chunk})
                 write_atomic(marks_path, json.dumps(remembered, sort_keys=True))
             return len(points)
@@ -265,7 +278,10 @@ class Tracker:
             token: str | None = None
             while True:
                 page = self._client.search_runs(
-                    [self.experiment_id], f"tags.`{PARENT}` = '{parent}'", order_by=["start_time ASC"], page_token=token
+                    [self.experiment_id],
+                    f"tags.`{PARENT}` = '{parent}'",
+                    order_by=["start_time ASC"],
+                    page_token=token,
                 )
                 runs += [_run(found) for found in page]
                 token = page.token
@@ -276,7 +292,13 @@ class Tracker:
 def _run(found: Any) -> Run:
     info, data = found.info, found.data
     return Run(
-        str(info.run_id), data.tags.get(KEY, ""), str(info.run_name), str(info.status), data.tags, data.params, data.metrics
+        str(info.run_id),
+        data.tags.get(KEY, ""),
+        str(info.run_name),
+        str(info.status),
+        data.tags,
+        data.params,
+        data.metrics,
     )
 
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+
 from cranium.volume import plan
 from cranium.volume.plan import Order, RowGroup, Session
 

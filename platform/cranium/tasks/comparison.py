@@ -173,8 +173,8 @@ def _compare(a: Point, b: Point, resamples: int) -> Comparison:
         if gone:
             paired = corrected = gone[0]
         else:  # seeds of one fold are averaged first: they are no further test sets
-            x = [float(np.mean([pair[0] for pair in pairs])) for pairs in by_fold.values()]  # type: ignore[arg-type]
-            y = [float(np.mean([pair[1] for pair in pairs])) for pairs in by_fold.values()]  # type: ignore[arg-type]
+            x = [float(np.mean([pair[0] for pair in pairs])) for pairs in by_fold.values()]
+            y = [float(np.mean([pair[1] for pair in pairs])) for pairs in by_fold.values()]
             n_train = float(np.mean([a.cells[ours[key]].n_train for key in shared]))
             n_test = float(np.mean([a.cells[ours[key]].n_test for key in shared]))
             paired, corrected = paired_t_test(x, y), corrected_t_test(x, y, n_train, n_test)

@@ -1,4 +1,3 @@
-# ruff: noqa: A005  (never imported bare, so the standard library keeps its name)
 """Intervals and tests: what a difference between two initialisations may be called.
 
 The pooled value of a metric is the mean of its fold values; scores are never concatenated over folds, because

@@ -19,6 +19,7 @@ from typing import Any, Literal
 import nibabel as nib
 import numpy as np
 from isal import isal_zlib
+from nibabel.quaternions import quat2mat
 from numpy.typing import NDArray
 
 from cranium.volume.quality import Note, Rejected
@@ -101,31 +102,29 @@ def to_ras(data: NDArray[Any], affine: NDArray[np.float64]) -> tuple[NDArray[Any
     return np.asfortranarray(turned), affine @ nib.orientations.inv_ornt_aff(turns, data.shape)
 
 
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)  # a pipe without a writer would block
+
+
 def _read_file(path: Path, root: Path | None, max_bytes: int) -> bytes:
     try:
         if root is not None and not path.resolve(strict=True).is_relative_to(root.resolve()):
-            raise Rejected(
-                "NOT_REGULAR", f"links to {path.resolve()}, outside the raw folder; copy the file there"
-            )
-        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a FIFO must not make us wait
-        with os.fdopen(handle, "rb") as file:
-            before = os.fstat(handle)
+            raise Rejected("NOT_REGULAR", f"links to {path.resolve()}, outside the raw folder; copy it there")
+        with open(path, "rb", opener=_without_waiting) as file:
+            before = os.fstat(file.fileno())
             if not stat.S_ISREG(before.st_mode):
-                raise Rejected("NOT_REGULAR", "not a regular file (folder, pipe or device)")
+                raise Rejected("NOT_REGULAR", "not a regular file (pipe or device)")
             if before.st_size > max_bytes:
                 raise Rejected(
-                    "DIMS_LIMIT", f"the file has {before.st_size} bytes; at most {max_bytes} are read"
+                    "DIMS_LIMIT", f"a file of {before.st_size} bytes; at most {max_bytes} are read"
                 )
             content = file.read(before.st_size + 1)
-            after = os.fstat(handle)
-    except (
-        OSError,
-        RuntimeError,
-        ValueError,
-    ) as error:  # RuntimeError: a loop of links; ValueError: NUL in the name
-        if isinstance(error, RuntimeError) or getattr(error, "errno", None) == errno.ELOOP:
-            raise Rejected("NOT_REGULAR", "a loop of links") from error
-        raise Rejected("IO", f"cannot be read: {error}") from error
+            after = os.fstat(file.fileno())
+    except RuntimeError as error:  # of Path.resolve
+        raise Rejected("NOT_REGULAR", "a loop of links") from error
+    except (OSError, ValueError) as error:  # ValueError: NUL in the name
+        code = "NOT_REGULAR" if getattr(error, "errno", None) in (errno.ELOOP, errno.EISDIR) else "IO"
+        raise Rejected(code, f"cannot be read: {error}") from error
     if len(content) != before.st_size or after.st_mtime_ns != before.st_mtime_ns:
         raise Rejected("IO", "the file changed while it was read; ingest again when it is complete")
     return content
@@ -171,7 +170,7 @@ def _inflate(stream: Any, content: bytes, limit: int) -> bytes:
     while room > 0 and not stream.eof:
         try:
             part = stream.decompress(content, room)
-        except isal_zlib.error as error:
+        except isal_zlib.error as error:  # type: ignore[misc]  # its stub declares an instance
             raise Rejected(
                 "GZ_CRC", f"the gzip stream is damaged ({error}); download the file again"
             ) from error
@@ -306,7 +305,7 @@ def _qform(header: Any) -> NDArray[np.float64]:
     affine = np.eye(4)
     qfac = -1.0 if float(fields["pixdim"][0]) == -1 else 1.0
     spacing = np.asarray(fields["pixdim"][1:4], np.float64) * (1, 1, qfac)
-    affine[:3, :3] = nib.quaternions.quat2mat([a, b, c, d]) * spacing
+    affine[:3, :3] = quat2mat([a, b, c, d]) * spacing
     affine[:3, 3] = [float(fields[f"qoffset_{axis}"]) for axis in "xyz"]
     return affine
 

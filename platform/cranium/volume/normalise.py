@@ -1,4 +1,4 @@
-"""One session's scans -> uint8 volumes on one grid: masks, resampling, intensities.
+"""One session's scans -> uint8 volumes on one grid: reading, masks, resampling, intensities.
 
 Inside the brain mask intensities run from 1 to 255 between two percentiles of the volume; outside it every pixel is 0,
 so 0 means "no brain" and nothing else.
@@ -6,14 +6,16 @@ so 0 means "no brain" and nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import SimpleITK as sitk
 from numpy.typing import NDArray
 
-from cranium.volume.nifti import Volume, to_ras
+from cranium.volume.nifti import Volume, read, to_ras
 from cranium.volume.quality import Note, Rejected
 from cranium.volume.slices import Grid, bounding_box, kept, onto_grid, session_grid
 
@@ -21,6 +23,15 @@ MAX_APART_MM = 50.0  # between the centres of two contrasts of a session
 MIN_MASK_VOXELS = 50
 MAX_MASK_SHARE = 0.95  # of the field of view
 COVER = (0.5, 0.98)  # share of the brain a scan must cover; and below which it is noted
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One scan to read: paths below the raw folder, and what its choice left out."""
+
+    path: str
+    mask: str | None = None
+    note: str | None = None
 
 
 @dataclass(frozen=True)
@@ -60,6 +71,42 @@ def masked(scan: Volume, mask: Volume | None, notes: tuple[Note, ...] = ()) -> M
     if count < MIN_MASK_VOXELS or count > MAX_MASK_SHARE * brain.size:
         raise Rejected("EMPTY_BRAIN", f"the brain mask sets {count} of {brain.size} voxels")
     return Masked(data, affine, brain, brain_affine, notes)
+
+
+def read_scans(
+    root: Path, wanted: Mapping[str, Wanted], supplied: bool
+) -> tuple[dict[str, Volume], dict[str, Masked], dict[str, Rejected]]:
+    """Read the scans of a session and their masks: by channel as stored, with their masks, and what was rejected.
+
+    With `supplied` masks, a scan without its own takes that of another contrast of the session, and says so.
+    """
+    once = functools.cache(lambda path: read(root / path, root=root))  # one mask may serve several scans
+    spare = next((scan.mask for scan in wanted.values() if scan.mask), None)
+    volumes: dict[str, Volume] = {}
+    scans: dict[str, Masked] = {}
+    rejected: dict[str, Rejected] = {}
+    for channel, scan in wanted.items():
+        try:
+            volume, mask = once(scan.path), None
+            notes = [Note("RUN_CHOSEN", scan.note)] if scan.note else []
+            if supplied:
+                if (path := scan.mask or spare) is None:
+                    raise Rejected("MASK_MISSING", "no mask where the card says; or set ingest.mask=otsu")
+                if path != scan.mask:
+                    notes.append(Note("MASK_SHARED", path))
+                mask = _read_mask(path, once)
+            scans[channel] = masked(volume, mask, tuple(notes))
+            volumes[channel] = volume
+        except Rejected as reason:
+            rejected[channel] = reason
+    return volumes, scans, rejected
+
+
+def _read_mask(path: str, once: Callable[[str], Volume]) -> Volume:
+    try:
+        return once(path)
+    except Rejected as reason:
+        raise Rejected(reason.code, f"its brain mask {path}: {reason.reason}") from reason
 
 
 def otsu_mask(data: NDArray[np.float32]) -> NDArray[np.bool_]:

@@ -203,7 +203,7 @@ def _footer(file: pq.ParquetFile, path: Path) -> Footer:
             "SHARD_SCHEMA", f"{path} does not have the columns of a shard: {file.schema_arrow.names}"
         )
     groups = tuple(file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups))
-    return Footer(groups, shape, channels)  # type: ignore[arg-type]
+    return Footer(groups, shape, channels)
 
 
 def _metadata(layout: pa.Schema, where: str) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""Pictures and pages shared by quality pages and the report: plain values in, SVG and HTML out."""

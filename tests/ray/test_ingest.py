@@ -1,0 +1,369 @@
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+import phantoms
+from cranium import ingest, store
+from cranium.config import Card, Ingest, Machine, UserError
+from cranium.store import Artefact
+from cranium.volume import nifti, normalise, shard, slices
+
+pytestmark = pytest.mark.ray
+
+SPEC = Ingest(size=56, spacing_mm=4.0, slice_spacing_mm=4.0, shard_mb=1, compute={"num_workers": 2})
+CARD = Card.model_validate(phantoms.card())
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six subjects; T2w missing in three; one truncated T1w; nothing of subject 004 can be read."""
+    root = phantoms.bids_tree(tmp_path_factory.mktemp("raw"), num_subjects=6)
+    cut(root / "sub-002/anat/sub-002_T1w.nii.gz")
+    for path in (root / "sub-004/anat").iterdir():
+        path.write_bytes(b"<html>")
+    return root
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+@pytest.fixture(scope="module")
+def made(ray_cluster: Any, raw: Path, tmp_path_factory: pytest.TempPathFactory) -> Artefact:
+    return ingest.ingest(CARD, raw, SPEC, Machine(store=tmp_path_factory.mktemp("store")))
+
+
+def rows(of: Artefact) -> Iterator[Any]:
+    for entry in of.manifest()["shards"]:
+        for index in range(len(entry["row_groups"])):
+            table = shard.read_row_group(of.path / entry["file"], index, verify=True)
+            shard.check_rows(table, entry["file"])
+            yield table
+
+
+def test_counts_add_up(made: Artefact) -> None:
+    counts = made.manifest()["counts"]
+    assert counts == {
+        "scans": 15,
+        "accepted": 12,
+        "warned": 0,
+        "rejected": 3,
+        "sessions": 5,
+        "subjects": 5,
+        "stacks": sum(table.num_rows for table in rows(made)),
+    }
+    assert made.manifest()["rejections"] == {"GZ_TRUNCATED": 1, "NOT_NIFTI": 2}
+    quarantine = pq.read_table(made.path / "quarantine.parquet").to_pylist()
+    assert [(q["subject"], q["contrast"], q["code"]) for q in quarantine] == [
+        ("002", "T1w", "GZ_TRUNCATED"),
+        ("004", "FLAIR", "NOT_NIFTI"),
+        ("004", "T1w", "NOT_NIFTI"),
+    ]
+    assert all(q["cohort"] == "phantom" and q["path"] and q["reason"] for q in quarantine)
+
+
+def test_rows_are_what_the_scans_say(made: Artefact, raw: Path) -> None:
+    """Pixels of a subject equal a conformation made here, by hand, from the raw files."""
+    read = {
+        contrast: normalise.masked(
+            nifti.read(raw / f"sub-003/anat/sub-003_{contrast}.nii.gz"),
+            nifti.read(raw / f"derivatives/masks/sub-003/anat/sub-003_{contrast}_mask.nii.gz"),
+        )
+        for contrast in phantoms.CONTRASTS
+    }
+    expected = normalise.conform(
+        read,
+        phantoms.CONTRASTS,
+        size=56,
+        spacing_mm=4.0,
+        slice_spacing_mm=4.0,
+        percentiles=SPEC.percentiles,
+        min_brain=SPEC.min_brain,
+    )
+    of_subject = [table for table in rows(made) if table["subject"][0].as_py() == "003"]
+    stacks = np.concatenate([shard.pixels(table) for table in of_subject])
+    np.testing.assert_array_equal(stacks, slices.to_stacks(expected.volumes, expected.slices))
+    assert [s for t in of_subject for s in t["slice"].to_pylist()] == list(expected.slices)
+    (session,) = [s for s in sessions(made) if s["subject"] == "003"]
+    assert session["slice_first"] == expected.slices.start and session["num_slices"] == len(expected.slices)
+    np.testing.assert_allclose(json.loads(session["stack_affine"]), expected.grid.affine, atol=1e-6)
+    sources = json.loads(session["sources"])
+    path = "sub-003/anat/sub-003_T2w.nii.gz"
+    assert sources["T2w"] == {"contrast": "T2w", "path": path, "sha256": store.sha256(raw / path)}
+
+
+def sessions(of: Artefact) -> list[dict[str, Any]]:
+    table: list[dict[str, Any]] = pq.read_table(of.path / "sessions.parquet").to_pylist()
+    return table
+
+
+def test_missing_contrasts_are_a_bit_and_a_zero_channel(made: Artefact) -> None:
+    present = {s["subject"]: s["present"] for s in sessions(made)}
+    assert present == {"001": 0b111, "002": 0b110, "003": 0b111, "005": 0b101, "006": 0b101}
+    for table in rows(made):
+        expected = present[table["subject"][0].as_py()]
+        assert set(table["present"].to_pylist()) == {expected}
+        channels = shard.pixels(table).any(axis=(0, 2, 3, 4))
+        assert channels.tolist() == [bool(expected >> i & 1) for i in range(3)]
+    assert made.manifest()["missing"] == {"T1w": 1, "T2w": 2, "FLAIR": 0}
+
+
+def test_order_and_manifest(made: Artefact) -> None:
+    keys = [
+        key for t in rows(made) for key in zip(t["subject"].to_pylist(), t["slice"].to_pylist(), strict=True)
+    ]
+    assert keys == sorted(keys)
+    manifest = made.manifest()
+    assert manifest["channels"] == ["T1w", "T2w", "FLAIR"] and manifest["shape"] == [3, 1, 56, 56]
+    assert manifest["simulated"] is True and manifest["stage"] == "ingest"
+    listed = {entry["file"] for entry in manifest["shards"]}
+    assert len(listed) > 1  # 1 MB shards of about 240 kB a session
+    assert {f"shards/{p.name}" for p in (made.path / "shards").iterdir()} == listed
+    for entry in manifest["shards"]:
+        path = made.path / entry["file"]
+        assert store.sha256(path) == entry["sha256"] and path.stem == entry["sha256"][:16]
+        assert path.stat().st_size == entry["bytes"]
+        assert [g["rows"] for g in entry["row_groups"]] == list(shard.read_footer(path).row_groups)
+    first = {s["subject"]: s["slice_first"] for s in sessions(made)}
+    for entry in manifest["shards"]:
+        for group in entry["row_groups"]:
+            assert group["first_slice"] == first[group["subject"]]  # one row group a session here
+    assert sorted(p.name for p in made.path.iterdir()) == [
+        "manifest.json",
+        "quarantine.parquet",
+        "sessions.parquet",
+        "shards",
+    ]
+
+
+def test_what_is_known_of_a_session_stands_beside_it(made: Artefact) -> None:
+    second = sessions(made)[1]
+    known = {key: second[key] for key in ("cohort", "session", "age", "sex", "site", "head", "condition")}
+    assert known == {
+        "cohort": "phantom",
+        "session": "",
+        "age": 57.0,
+        "sex": "M",
+        "site": "site1",
+        "head": "head1",
+        "condition": "lesion",
+    }
+
+
+def test_again_is_at_once_and_elsewhere_is_the_same(made: Artefact, raw: Path, machine: Machine) -> None:
+    before = time.perf_counter()
+    again = ingest.ingest(CARD, raw, SPEC, Machine(store=made.path.parents[1]))
+    assert time.perf_counter() - before < 1
+    assert again == made
+    one_worker = SPEC.model_copy(update={"compute": SPEC.compute.model_copy(update={"num_workers": 1})})
+    other = ingest.ingest(CARD, raw, one_worker, machine)
+    assert other.path.name == made.path.name
+    assert other.manifest() == made.manifest()
+
+
+def test_a_changed_file_or_setting_is_another_artefact(made: Artefact, raw: Path, machine: Machine) -> None:
+    neighbours = SPEC.model_copy(update={"stack": "neighbours", "contrasts": ("FLAIR",), "codec": "zstd"})
+    other = ingest.ingest(CARD, raw, neighbours, machine)
+    assert other.path.name != made.path.name
+    assert other.manifest()["shape"] == [1, 3, 56, 56] and other.manifest()["channels"] == ["FLAIR"]
+    assert other.manifest()["counts"]["scans"] == 6
+    for table in rows(other):
+        stacks = shard.pixels(table)
+        np.testing.assert_array_equal(stacks[1:, 0, 0], stacks[:-1, 0, 1])
+
+
+def test_masks_are_shared_or_asked_for(ray_cluster: Any, tmp_path: Path, machine: Machine) -> None:
+    root = phantoms.bids_tree(tmp_path, num_subjects=3, missing=(), tilt=False)
+    masks = root / "derivatives/masks"
+    (masks / "sub-001/anat/sub-001_T2w_mask.nii.gz").unlink()
+    shutil.rmtree(masks / "sub-002")
+    cut(masks / "sub-003/anat/sub-003_FLAIR_mask.nii.gz")
+    made = ingest.ingest(CARD, root, SPEC, machine)
+    counts = made.manifest()["counts"]
+    assert (counts["accepted"], counts["warned"], counts["rejected"], counts["scans"]) == (4, 1, 4, 9)
+    assert made.manifest()["rejections"] == {"MASK_MISSING": 3, "GZ_TRUNCATED": 1}
+    (note,) = json.loads(sessions(made)[0]["warnings"])
+    assert (note["contrast"], note["code"]) == ("T2w", "MASK_SHARED")
+    fallback = ingest.ingest(CARD, root, SPEC.model_copy(update={"mask": "otsu"}), machine)
+    assert fallback.manifest()["counts"]["warned"] == 9
+
+
+def test_channel_map_is_declared_and_recorded(ray_cluster: Any, tmp_path: Path, machine: Machine) -> None:
+    root = phantoms.bids_tree(tmp_path, num_subjects=2, contrasts=("T1ce", "FLAIR"), missing=())
+    card = Card.model_validate(phantoms.card(contrasts=("T1ce", "FLAIR")))
+    made = ingest.ingest(card, root, SPEC.model_copy(update={"channel_map": {"T1w": "T1ce"}}), machine)
+    assert [s["present"] for s in sessions(made)] == [0b101, 0b101]
+    assert json.loads(sessions(made)[0]["sources"])["T1w"]["contrast"] == "T1ce"
+
+
+def test_what_the_user_can_mend(ray_cluster: Any, tmp_path: Path, machine: Machine) -> None:
+    root = phantoms.bids_tree(tmp_path, num_subjects=1, missing=())
+    with pytest.raises(UserError, match=r"layout\.mask") as error:
+        ingest.ingest(Card.model_validate(phantoms.card(masks=False)), root, SPEC, machine)
+    assert error.value.code == "NO_MASK"
+    with pytest.raises(UserError, match="none of PDw") as error:
+        ingest.ingest(CARD, root, SPEC.model_copy(update={"contrasts": ("PDw",)}), machine)
+    for path in (root / "sub-001/anat").iterdir():
+        cut(path)
+    with pytest.raises(UserError, match="GZ_TRUNCATED") as error:
+        ingest.ingest(CARD, root, SPEC, machine)
+    assert (error.value.code, error.value.exit_code) == ("NOTHING_LEFT", 3)
+    assert store.find(machine.store, "ingest") == []
+
+
+def test_a_bug_stays_a_bug(ray_cluster: Any, raw: Path, machine: Machine) -> None:
+    broken = SPEC.model_copy(update={"percentiles": ("low", "high")})  # no scan is to blame for this
+    with pytest.raises(Exception, match="str"), contextlib.suppress(UserError):
+        ingest.ingest(CARD, raw, broken, machine)
+    assert store.find(machine.store, "ingest") == []
+
+
+def test_a_full_disk_is_said(
+    ray_cluster: Any, raw: Path, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(ingest.pq, "write_table", full)
+    with pytest.raises(UserError, match="No space left") as error:
+        ingest.ingest(CARD, raw, SPEC, machine)
+    assert (error.value.code, error.value.exit_code) == ("NO_SPACE", 1)
+    assert store.find(machine.store, "ingest") == []
+
+
+def test_a_disk_that_fills_in_a_task_is_said(ray_cluster: Any, machine: Machine) -> None:
+    job = ingest._Job("phantom", machine.store, machine.store, SPEC)
+    with pytest.raises(OSError, match="No space left") as error:
+        list(ingest._on_ray([{"index": 0}], _fill, job))
+    assert error.value.errno in ingest.FULL
+
+
+def _fill(row: dict[str, Any], job: Any) -> dict[str, Any]:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_one_writer_at_a_time(ray_cluster: Any, raw: Path, made: Artefact, machine: Machine) -> None:
+    holder = multiprocessing.get_context("spawn").Process(target=_hold, args=(machine.store, made.id))
+    holder.start()
+    try:
+        while not (machine.store / "held").exists():
+            time.sleep(0.05)
+        with pytest.raises(UserError) as error:
+            ingest.ingest(CARD, raw, SPEC, machine)
+        assert error.value.code == "BUSY"
+    finally:
+        holder.kill()
+        holder.join()
+    assert ingest.ingest(CARD, raw, SPEC, machine).manifest() == made.manifest()  # its lock died with it
+
+
+def _hold(folder: Path, name: str) -> None:
+    with store.lock(folder, name):
+        (folder / "held").touch()
+        signal.pause()
+
+
+@pytest.mark.parametrize("after", ["session", "shard"])
+def test_an_ingest_that_stopped_half_way_goes_on(
+    ray_cluster: Any, raw: Path, made: Artefact, machine: Machine, monkeypatch: pytest.MonkeyPatch, after: str
+) -> None:
+    """What is left of a killed run: some records, parts and shards, a stray file; never a manifest."""
+
+    def stop(done: int, total: int, text: str) -> None:
+        if text.endswith("sessions read" if after == "session" else "shards written"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ingest.ingest(CARD, raw, SPEC, machine, stop)
+    assert store.find(machine.store, "ingest") == []
+    folder = machine.store / "ingest" / made.path.name
+    records = {p: p.stat().st_mtime_ns for p in (folder / "work").glob("0*.json")}
+    assert records
+    (folder / "shards" / "0123456789abcdef.parquet").write_bytes(b"left by a killed packer")
+    finished = ingest.ingest(CARD, raw, SPEC, machine)
+    assert finished.manifest() == made.manifest()
+    assert ingest.verify(finished) == [] and not (folder / "work").exists()
+
+
+# ---- trust ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def copied(made: Artefact, tmp_path: Path) -> Artefact:
+    shutil.copytree(made.path, tmp_path / "ingest" / made.path.name)
+    return Artefact(tmp_path / "ingest" / made.path.name)
+
+
+def first_shard(of: Artefact) -> Path:
+    return Path(of.path / of.manifest()["shards"][0]["file"])
+
+
+def damage(path: Path, how: str) -> None:
+    whole = bytearray(path.read_bytes())
+    match how:
+        case "missing":
+            path.unlink()
+        case "renamed":
+            path.rename(path.with_name("other.parquet"))
+        case "empty":
+            path.write_bytes(b"")
+        case "cut":
+            path.write_bytes(whole[:-50])
+        case "longer":
+            path.write_bytes(whole + b"x")
+        case "another":
+            shutil.copy(next(p for p in path.parent.iterdir() if p != path), path)
+        case "flipped":
+            whole[len(whole) // 2] ^= 1
+            path.write_bytes(whole)
+
+
+@pytest.mark.parametrize(
+    ("how", "code"),
+    [
+        ("missing", "SHARD_MISSING"),
+        ("renamed", "SHARD_MISSING"),
+        ("empty", "SHARD_CORRUPT"),
+        ("cut", "SHARD_CORRUPT"),
+        ("longer", "SHARD_CORRUPT"),
+        ("another", "SHARD_CORRUPT"),
+    ],
+)
+def test_damage_is_seen_before_the_first_step(copied: Artefact, how: str, code: str) -> None:
+    ingest.check(copied)
+    path = first_shard(copied)
+    damage(path, how)
+    with pytest.raises(UserError, match=path.name) as error:
+        ingest.check(copied)
+    assert error.value.code == code
+    problems = ingest.verify(copied, full=False)
+    assert (problems[0].code, problems[0].file) == (code, f"shards/{path.name}")
+    assert [p.code for p in problems[1:]] == (["SHARD_UNKNOWN"] if how == "renamed" else [])
+
+
+def test_a_flipped_bit_is_seen_by_the_hash(copied: Artefact) -> None:
+    damage(first_shard(copied), "flipped")
+    ingest.check(copied)  # same size, same footer
+    assert [p.code for p in ingest.verify(copied)] == ["SHARD_HASH"]
+
+
+def test_strays_are_reported_and_never_read(copied: Artefact) -> None:
+    shutil.copy(first_shard(copied), copied.path / "shards" / "stray.parquet")
+    for name in ("_SUCCESS", ".DS_Store", "x.crc"):
+        (copied.path / "shards" / name).touch()
+    ingest.check(copied)
+    assert [(p.code, p.file) for p in ingest.verify(copied)] == [("SHARD_UNKNOWN", "shards/stray.parquet")]

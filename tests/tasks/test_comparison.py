@@ -1,0 +1,82 @@
+"""Points and pairs of a grid, by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from cranium.tasks import comparison
+from cranium.tasks.comparison import Cell, Setting
+from cranium.tasks.metrics import Undefined
+from cranium.tasks.statistics import Fold, Test, corrected_t_test
+
+SETTING = Setting("lesion", "demo", "T1w", "subject")
+
+
+def cell(init: str, fold: int, gain: float, fraction: float = 1.0, seed: int = 0) -> Cell:
+    rng = np.random.default_rng([fold, seed, int(gain * 10)])
+    labels = np.arange(20) % 2
+    score = 1 / (1 + np.exp(-(gain * labels + rng.normal(size=20))))
+    test = Fold(labels, score, [f"s{fold}-{k}" for k in range(20)])
+    return Cell(SETTING, init, fraction, fold, seed, 80, 40, 20, {"test": test}, "", f"{init}-{fold}")
+
+
+def test_a_point_is_the_mean_of_its_cells_and_points_come_in_chart_order() -> None:
+    cells = [
+        cell(init, k, gain)
+        for init, gain in (("covariates", 0.0), ("scratch", 2.0), ("random", 0.0))
+        for k in range(5)
+    ]
+    found = comparison.points(cells[::-1], resamples=200)
+    assert [point.init for point in found] == ["random", "scratch", "covariates"]
+    for point in found:
+        assert point.mean == pytest.approx(np.mean(point.fold_values))
+        assert [member.fold for member in point.cells] == [0, 1, 2, 3, 4]
+
+
+def test_pairs_are_tested_over_folds_and_seeds_of_a_fold_are_averaged() -> None:
+    cells = [
+        cell(i, k, g, seed=s)
+        for i, g in (("random", 0.3), ("scratch", 1.5))
+        for k in range(5)
+        for s in range(2)
+    ]
+    found = comparison.points(cells, resamples=200)
+    (pair,) = comparison.comparisons(found, resamples=200)
+    assert (pair.a, pair.b) == ("scratch", "random")
+    a, b = (
+        np.reshape([float(v) for v in point.fold_values], (5, 2)).mean(axis=1)
+        for point in (found[1], found[0])
+    )
+    assert pair.corrected == corrected_t_test(a, b, 80, 20)
+    assert isinstance(pair.corrected, Test) and pair.corrected.df == 4 and pair.holm == pair.corrected.p
+
+
+def test_only_the_largest_fraction_is_the_family() -> None:
+    gains = {"random": 0.0, "scratch": 1.0, "dinov2": 1.2}
+    cells = [cell(i, k, g, fraction=f) for i, g in gains.items() for k in range(5) for f in (0.1, 1.0)]
+    pairs = comparison.comparisons(comparison.points(cells, resamples=200), resamples=200)
+    full = [pair for pair in pairs if pair.label_fraction == 1.0]
+    assert len(pairs) == 6 and len(full) == 3
+    assert all(pair.holm is None and not pair.shown for pair in pairs if pair not in full)
+    raw = sorted(pair.corrected.p for pair in full if isinstance(pair.corrected, Test))
+    assert min(float(pair.holm) for pair in full if isinstance(pair.holm, float)) == pytest.approx(
+        min(1, 3 * raw[0])
+    )
+
+
+def test_a_difference_needs_both_the_interval_and_the_test() -> None:
+    far = [cell(i, k, g) for i, g in (("random", 0.0), ("scratch", 5.0)) for k in range(5)]
+    (pair,) = comparison.comparisons(comparison.points(far, resamples=400), resamples=400)
+    assert pair.shown
+    few = [c for c in far if c.fold < 1]
+    (pair,) = comparison.comparisons(comparison.points(few, resamples=400), resamples=400)
+    assert isinstance(pair.corrected, Undefined) and not pair.shown
+
+
+def test_other_test_subjects_are_no_pair() -> None:
+    mine, theirs = cell("random", 0, 0.0), cell("scratch", 0, 1.0)
+    moved = Fold(theirs.tests["test"].labels, theirs.tests["test"].probs, [f"t{k}" for k in range(20)])
+    other = Cell(SETTING, "scratch", 1.0, 0, 0, 80, 40, 20, {"test": moved}, "", "x")
+    (pair,) = comparison.comparisons(comparison.points([mine, other], resamples=100), resamples=100)
+    assert isinstance(pair.interval, Undefined) and "not tested on the same subjects" in pair.interval.reason

@@ -1,0 +1,217 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import phantoms
+from cranium import cohort
+from cranium.config import Card, Label, UserError
+
+FILES = "sub-{subject}[/ses-{session}]/anat/sub-{subject}[_ses-{session}][_run-{run}]_T1w.nii.gz"
+MASK = "masks/sub-{subject}[_ses-{session}][_run-{run}]_{contrast}.nii.gz"
+
+
+def card(files: Any = (FILES,), mask: str | None = None, **participants: Any) -> Card:
+    content = phantoms.card("tiny", contrasts=("T1w",))
+    content["layout"] |= {"files": {"T1w": list(files)}, "mask": mask}
+    content |= {"labels": {}, "groups": [], "participants": participants or None}
+    return Card.model_validate(content)
+
+
+def tree(root: Path, *paths: str, table: bytes | None = None) -> Path:
+    for path in paths:
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_bytes(b"x" * len(path))
+    if table is not None:
+        (root / "participants.tsv").write_bytes(table)
+    return root
+
+
+def error(call: Any, code: str) -> str:
+    with pytest.raises(UserError) as found:
+        call()
+    assert found.value.code == code
+    return str(found.value)
+
+
+# ---- patterns -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("sub-01/anat/sub-01_T1w.nii.gz", ("01", None, None)),
+        ("sub-01/ses-a/anat/sub-01_ses-a_T1w.nii.gz", ("01", "a", None)),
+        ("sub-01/anat/sub-01_run-2_T1w.nii.gz", ("01", None, "2")),
+        ("sub-01/ses-a/anat/sub-01_ses-a_run-2_T1w.nii.gz", ("01", "a", "2")),
+        ("sub-01/anat/sub-02_T1w.nii.gz", None),
+        ("sub-01/ses-a/anat/sub-01_ses-b_T1w.nii.gz", None),
+        ("sub-01/ses-a/anat/sub-01_T1w.nii.gz", None),
+        ("sub-01/anat/sub-01_ses-a_T1w.nii.gz", None),
+        ("sub-01/anat/sub-01_acq-x_T1w.nii.gz", None),
+        ("derivatives/sub-01/anat/sub-01_T1w.nii.gz", None),
+        ("sub-01/anat/sub-01_T1wxnii.gz", None),
+    ],
+)
+def test_patterns(path: str, fields: tuple[str | None, ...] | None) -> None:
+    match = cohort.compile_pattern(FILES).fullmatch(path)
+    assert (match.group("subject", "session", "run") if match else None) == fields
+
+
+def test_patterns_of_other_collections() -> None:
+    brats = cohort.compile_pattern("{subject}/{subject}_flair.nii.gz")
+    match = brats.fullmatch("BraTS20_Training_001/BraTS20_Training_001_flair.nii.gz")
+    assert match and match["subject"] == "BraTS20_Training_001"
+    flat = cohort.compile_pattern("sub-{subject}[_run-{run}]_T1w.nii")
+    assert flat.fullmatch("sub-01_run-2_T1w.nii").group("subject", "run") == ("01", "2")  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("pattern", ["sub-{subject", "a[b", "x]{subject}", "sub-{}", "anat/T1w.nii.gz"])
+def test_bad_patterns(pattern: str) -> None:
+    assert pattern in error(lambda: cohort.compile_pattern(pattern), "PATTERN")
+
+
+def test_rendering_inverts_matching() -> None:
+    path = "sub-01/ses-a/anat/sub-01_ses-a_run-2_T1w.nii.gz"
+    assert cohort.render(FILES, {"subject": "01", "session": "a", "run": "2"}) == path
+    assert cohort.render(FILES, {"subject": "01"}) == "sub-01/anat/sub-01_T1w.nii.gz"
+    assert cohort.render(FILES, {"session": "a"}) is None
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_bids_tree(tmp_path: Path) -> None:
+    root = phantoms.bids_tree(
+        tmp_path, num_subjects=6, sessions=("a", "b"), shape=(11, 13, 10), spacing=(16,) * 3
+    )
+    table = cohort.scan(Card.model_validate(phantoms.card()), root)
+    assert [(s.subject, s.session) for s in table.sessions] == [
+        (f"00{i}", v) for i in range(1, 7) for v in "ab"
+    ]
+    assert [sorted(s.scans) for s in table.sessions[::2]] == [["FLAIR", "T1w", "T2w"]] * 3 + [
+        ["FLAIR", "T1w"]
+    ] * 3
+    assert table.missing == {"FLAIR": 0, "T1w": 0, "T2w": 6}
+    assert table.sessions[2].values == {
+        "age": 57.0,
+        "sex": "M",
+        "site": "site1",
+        "head": "head1",
+        "condition": "lesion",
+    }
+    scan = table.sessions[0].scans["T2w"]
+    assert scan.path == "sub-001/ses-a/anat/sub-001_ses-a_T2w.nii.gz"
+    assert scan.mask == "derivatives/masks/sub-001/ses-a/anat/sub-001_ses-a_T2w_mask.nii.gz"
+    assert dict(table.files)[scan.mask] == (root / scan.mask).stat().st_size
+    assert len(table.files) == 2 * 30 and not table.refused and not table.notes
+
+
+def test_the_lowest_run_is_taken_and_said(tmp_path: Path) -> None:
+    root = tree(
+        tmp_path, *(f"sub-01/anat/sub-01_run-{r}_T1w.nii.gz" for r in (10, 9, 2)), "masks/sub-01_T1w.nii.gz"
+    )
+    table = cohort.scan(card(mask=MASK), root)
+    (session,) = table.sessions
+    assert session.scans["T1w"].path.endswith("run-2_T1w.nii.gz")
+    assert session.scans["T1w"].note == "run 2 taken of 3: the lowest"
+    assert session.scans["T1w"].mask == "masks/sub-01_T1w.nii.gz"
+    assert not table.refused
+
+
+def test_two_files_for_one_scan(tmp_path: Path) -> None:
+    plain = FILES.removesuffix(".gz")
+    root = tree(tmp_path, "sub-01/anat/sub-01_T1w.nii.gz", "sub-01/anat/sub-01_T1w.nii")
+    table = cohort.scan(card((FILES, plain)), root)
+    (refused,) = table.refused
+    assert (refused.code, refused.path) == ("DUP_ID", "sub-01/anat/sub-01_T1w.nii")
+    assert table.sessions[0].scans["T1w"].path == "sub-01/anat/sub-01_T1w.nii.gz"
+    assert {path for path, _ in table.files} == {refused.path, "sub-01/anat/sub-01_T1w.nii.gz"}
+
+
+def test_folders_that_are_links_are_not_entered(tmp_path: Path) -> None:
+    outside = tree(tmp_path / "outside", "sub-02/anat/sub-02_T1w.nii.gz")
+    root = tree(tmp_path / "raw", "sub-01/anat/sub-01_T1w.nii.gz")
+    (root / "sub-02").symlink_to(outside / "sub-02")
+    (root / "loop").symlink_to(root)
+    assert [s.subject for s in cohort.scan(card(), root).sessions] == ["01"]
+
+
+def test_near_collisions_are_said(tmp_path: Path) -> None:
+    root = tree(tmp_path, *(f"sub-{s}/anat/sub-{s}_T1w.nii.gz" for s in ("1", "01", "10", "2")))
+    (note,) = cohort.scan(card(), root).notes
+    assert "01, 1 " in note and "10" not in note
+
+
+def test_a_wrong_folder_is_one_clear_line(tmp_path: Path) -> None:
+    assert "raw.tiny=DIR" in error(lambda: cohort.scan(card(), tmp_path / "none"), "NO_RAW")
+    assert "it is empty" in error(lambda: cohort.scan(card(), tmp_path), "NO_SCANS")
+    root = tree(tmp_path, "nested/sub-01/anat/sub-01_T1w.nii.gz", "README")
+    message = error(lambda: cohort.scan(card(), root), "NO_SCANS")
+    assert FILES in message and "2 files, such as nested/sub-01/anat/sub-01_T1w.nii.gz" in message
+
+
+# ---- participants ---------------------------------------------------------------------------------------------------
+
+SCANS = ("sub-01/anat/sub-01_T1w.nii.gz", "sub-02/anat/sub-02_T1w.nii.gz")
+
+
+def values(root: Path, table: bytes, **spec: Any) -> list[Any]:
+    spec = {"columns": {"age": "age", "sex": "sex"}, **spec}
+    found = cohort.scan(card(**spec), tree(root, *SCANS, table=table))
+    return [session.values for session in found.sessions]
+
+
+def test_oddities_of_tables_are_read(tmp_path: Path) -> None:
+    table = (
+        "\ufeffparticipant_id\tage\tsex\r\n\r\nsub-02\t89+\tn/a\r\n01\t 41.5\tF \r\nsub-99\t1\tM\r\n".encode()
+    )
+    assert values(tmp_path, table) == [{"age": 41.5, "sex": "F"}, {"age": 89.0, "sex": None}]
+
+
+def test_commas_quotes_and_formulas_stay_text(tmp_path: Path) -> None:
+    (tmp_path / "c.csv").write_text('id,sex,age\n01,"a, ""b""",1\n02,=cmd(),2\n')
+    found = values(tmp_path, b"", file="c.csv", subject="id")
+    assert [v["sex"] for v in found] == ['a, "b"', "=cmd()"]
+
+
+@pytest.mark.parametrize(
+    ("table", "code", "said"),
+    [
+        (b"participant_id\tage\tsex\nsub-01\t1\tF\nsub-02\t2\n", "TABLE", "line 3: 2 cells under 3 columns"),
+        (b"participant_id\tage\tsex\nsub-01\t1\tF\tx\n", "TABLE", "line 2: 4 cells under 3 columns"),
+        (b"participant_id\tage\tsex\nsub-01\told\tF\n", "TABLE", "line 2: age `old`"),
+        (b"participant_id\tyears\tsex\n", "TABLE", "no column age; it has participant_id, years, sex"),
+        (b"participant_id\tage\tsex\nsub-01\t1\tF\n01\t2\tF\n", "DUP_ID", "lines 2 and 3 differ"),
+        (b"participant_id\tage\tsex\nsub-01\t1\t\xff\n", "TABLE", "UTF-8"),
+        (b"", "TABLE", "no column"),
+    ],
+)
+def test_tables_that_cannot_be_trusted(tmp_path: Path, table: bytes, code: str, said: str) -> None:
+    assert said in error(lambda: values(tmp_path, table), code)
+
+
+def test_missing_tables_and_rows(tmp_path: Path) -> None:
+    root = tree(tmp_path, *SCANS)
+    assert "participants.tsv" in error(lambda: cohort.scan(card(columns={"age": "age"}), root), "NO_TABLE")
+    assert cohort.scan(card(columns={}), root).sessions[0].values == {}
+    tree(tmp_path, table=b"participant_id\tage\nsub-01\t5\n")
+    found = cohort.scan(card(columns={"age": "age"}), root)
+    assert found.sessions[1].values == {"age": None}
+    assert found.notes == ("1 subjects have no row in participants.tsv: 02",)
+    assert error(lambda: cohort.scan(card(file="../up.tsv", columns={}), root), "PATH_ESCAPE")
+
+
+def test_values_may_differ_by_session(tmp_path: Path) -> None:
+    paths = [f"sub-01/ses-{s}/anat/sub-01_ses-{s}_T1w.nii.gz" for s in "ab"]
+    table = b"participant_id\tvisit\tage\nsub-01\tses-a\t50\nsub-01\tb\t52\n"
+    found = cohort.scan(card(session="visit", columns={"age": "age"}), tree(tmp_path, *paths, table=table))
+    assert [s.values["age"] for s in found.sessions] == [50.0, 52.0]
+
+
+def test_labels() -> None:
+    label = Label(column="dx", classes={"control": ("0", "CN"), "patient": ("1",)})
+    raw = ["0", "0.0", 0.0, "CN ", "1", "2", None, "cn"]
+    assert [cohort.label_of(label, value) for value in raw] == [*["control"] * 4, "patient", None, None, None]

@@ -1,0 +1,133 @@
+"""Configs: strict reading, plain errors, identities that change exactly when a result would."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+import phantoms
+from cranium import config
+from cranium.config import Experiment, UserError
+
+TINY = "name: tiny\ningest: {cohorts: [a, b]}\n"
+
+
+def _load(tmp_path: Path, text: str, *overrides: str) -> Experiment:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(text)
+    return config.load_experiment(path, overrides)
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "says"),
+    [
+        ("name: tiny\ningest: {cohort: [a]}", "CONFIG", "did you mean `ingest.cohorts`"),
+        ("name: Tiny\ningest: {}", "CONFIG", "name"),
+        ("name: tiny\nname: tiny\ningest: {}", "YAML", "given twice"),
+        ("name: tiny\ningest: &x {cohorts: [a]}", "YAML_ALIAS", "write the values out"),
+        ("name: !!python/object/apply:os.system [x]", "YAML", "python"),
+        ("- a\n- b", "YAML", "no mapping"),
+        (TINY + "pretrain: {cohorts: [c]}", "CONFIG", "ingest.cohorts does not list"),
+        (TINY + "pretrain: {cohorts: [a], batch_size: 12}", "CONFIG", "stream.lanes"),
+        (
+            TINY + "pretrain: {cohorts: [a], crops: {global_size: 100}}",
+            "CONFIG",
+            "multiple of the patch size",
+        ),
+        (TINY + "sweep: {}", "CONFIG", "adapt.tasks"),
+    ],
+)
+def test_a_bad_config_is_refused_with_what_to_do(tmp_path: Path, text: str, code: str, says: str) -> None:
+    with pytest.raises(UserError) as refused:
+        _load(tmp_path, text)
+    assert refused.value.code == code and says in str(refused.value) and refused.value.exit_code == 2
+
+
+def test_one_level_of_base(tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "x.yaml").write_text(
+        "ingest: {cohorts: [a], size: 112}\npretrain: {cohorts: [a], steps: 7}\n"
+    )
+    exp = _load(tmp_path, "base: base/x.yaml\nname: tiny\ningest: {size: 56}", "pretrain.steps=9")
+    assert exp.ingest.size == 56 and exp.ingest.cohorts == ("a",) and exp.pretrain and exp.pretrain.steps == 9
+    (tmp_path / "base" / "x.yaml").write_text("base: y.yaml\n")
+    with pytest.raises(UserError, match="one level"):
+        _load(tmp_path, "base: base/x.yaml\nname: tiny")
+
+
+def test_numbers_yaml_reads_as_text_are_numbers(tmp_path: Path) -> None:
+    exp = _load(tmp_path, TINY + "pretrain: {cohorts: [a], optimiser: {lr: 1e-4}}")
+    assert exp.pretrain and exp.pretrain.optimiser.lr == 1e-4  # PyYAML says "1e-4" is a string
+
+
+def test_compute_never_shapes_an_identity(tmp_path: Path) -> None:
+    plain = TINY + "pretrain: {cohorts: [a]}"
+    one = config.fingerprint(_load(tmp_path, plain))
+    assert one == config.fingerprint(
+        _load(tmp_path, plain, "pretrain.compute.num_workers=4", "ingest.compute.threads=3")
+    )
+    for change in ("pretrain.steps=9", "pretrain.optimiser.lr=2e-3", "ingest.size=112", "stream.lanes=16"):
+        assert one != config.fingerprint(_load(tmp_path, plain, change)), change
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=10,
+)
+
+
+@given(st.dictionaries(st.text(), JSON))
+def test_order_of_keys_does_not_matter(value: dict[str, Any]) -> None:
+    assert config.fingerprint(value) == config.fingerprint(dict(reversed(value.items())))
+
+
+def test_nan_has_no_identity() -> None:
+    with pytest.raises(ValueError):
+        config.fingerprint({"x": float("nan")})
+
+
+def test_machine_facts_come_from_settings_then_variables(tmp_path: Path) -> None:
+    environ = {"CRANIUM_STORE": "/from/env", "CRANIUM_RAW_ADNI": "/adni", "CRANIUM_TRACKING_URI": "http://x"}
+    machine = config.load_machine(["store=/given", "raw.oasis3=/oasis"], environ)
+    assert machine.store == Path("/given") and machine.tracking == "http://x"
+    assert machine.raw == {"adni": Path("/adni"), "oasis3": Path("/oasis")}
+    assert config.load_machine([], {"CRANIUM_STORE": "/s"}).tracking == "sqlite:////s/mlflow.db"
+    assert config.load_machine(["store=here"], {}).store.is_absolute()
+    with pytest.raises(UserError, match="file system"):
+        config.load_machine(["store=s3://bucket/x"], {})
+
+
+def test_a_user_error_crosses_process_borders_whole() -> None:
+    error = pickle.loads(pickle.dumps(UserError("LABEL", "no such label", 1)))
+    assert (error.code, str(error), error.exit_code) == ("LABEL", "no such label", 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"contrasts": ["T1w", "T1ce"]}, "no file pattern for ['T1ce']"),
+        ({"groups": ["family"]}, "participants.columns"),
+        ({"layout": {"files": {"T1w": ["x"]}}, "contrasts": ["T1w"]}, "unverified"),
+        ({"name": "other"}, "make them equal"),
+    ],
+)
+def test_a_card_that_does_not_hold_together(tmp_path: Path, change: dict[str, Any], says: str) -> None:
+    path = tmp_path / "phantom.yaml"
+    path.write_text(yaml.safe_dump({**phantoms.card("phantom"), **change}))
+    with pytest.raises(UserError) as refused:
+        config.load_card(path)
+    assert says in str(refused.value)
+
+
+def test_an_unknown_cohort_names_its_neighbour(tmp_path: Path) -> None:
+    phantoms.write_card(tmp_path, "phantom")
+    assert config.load_card("phantom", tmp_path).name == "phantom"
+    with pytest.raises(UserError, match="did you mean phantom"):
+        config.load_card("fantom", tmp_path)

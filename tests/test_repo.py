@@ -1,0 +1,130 @@
+"""The house stays as declared: layout, names, YAML, README."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import platform
+import re
+import subprocess
+import sys
+import sysconfig
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from cranium import cli, config
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "platform" / "cranium"
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def _sources() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def test_platform_is_a_shelf_and_the_standard_library_keeps_its_name() -> None:
+    assert [p.name for p in (ROOT / "platform").iterdir() if p.name != "__pycache__"] == ["cranium"]
+    assert Path(platform.__file__).parent == Path(sysconfig.get_paths()["stdlib"])
+    run = subprocess.run(
+        [sys.executable, "-c", "import uuid, platform; print(platform.__file__)"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert Path(run.stdout.strip()).parent == Path(sysconfig.get_paths()["stdlib"])
+
+
+@pytest.mark.parametrize("folder", ["platform", "datasets", "experiments", "dashboards"])
+def test_data_folders_hold_no_python(folder: str) -> None:
+    assert list((ROOT / folder).glob("*.py")) == []
+
+
+def test_every_yaml_validates(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["check"])
+    printed = capsys.readouterr()
+    assert ended.value.code == 0, printed.err
+    count = int(re.search(r"(\d+) files checked, 0 with errors", printed.out)[1])  # type: ignore[index]
+    every = [
+        p for f in ("datasets", "experiments") for p in (ROOT / f).rglob("*.yaml") if p.parent.name != "base"
+    ]
+    assert count == len(every) >= 14
+
+
+def test_every_base_is_used() -> None:
+    bases = set((ROOT / "experiments").rglob("base/*.yaml"))
+    used = set()
+    for path in (ROOT / "experiments").rglob("*.yaml"):
+        if base := config.read_yaml(path).get("base"):
+            used.add((path.parent / base).resolve())
+    assert bases <= used
+
+
+def test_only_cluster_starts_ray_and_only_track_imports_mlflow() -> None:
+    starts, speaks = set(), set()
+    for path in _sources():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "ray.init":
+                starts.add(path.name)
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            if any(name.split(".")[0] == "mlflow" for name in names):
+                speaks.add(path.name)
+    assert starts == {"cluster.py"}
+    assert speaks == {"track.py"}
+
+
+def test_names_say_what_things_are() -> None:
+    vague = re.compile(r"utils?|helpers?|common|base|manager|misc")
+    assert [p for p in _sources() if vague.fullmatch(p.stem)] == []
+    shadows = [p.relative_to(PACKAGE).as_posix() for p in _sources() if p.stem in sys.stdlib_module_names]
+    assert shadows == ["tasks/statistics.py"], "only ever imported as cranium.tasks.statistics"
+
+
+def test_the_console_script_resolves() -> None:
+    module, _, function = PROJECT["project"]["scripts"]["cranium"].partition(":")
+    assert callable(getattr(importlib.import_module(module), function))
+
+
+def test_the_wheel_brings_the_data_folders() -> None:
+    included = PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"]
+    assert included == {f: f"cranium/share/{f}" for f in ("datasets", "experiments", "dashboards")}
+    for folder in included:
+        assert (ROOT / folder).is_dir()
+
+
+def test_every_dependency_is_pinned() -> None:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = [line for line in lines if line and not line.startswith("#")]
+    assert all(re.fullmatch(r"[A-Za-z0-9_.-]+==[0-9][A-Za-z0-9.]*", pin) for pin in pins), (
+        "no local versions or URLs"
+    )
+    names = {_canonical(pin.partition("==")[0]) for pin in pins}
+    wanted = [*PROJECT["project"]["dependencies"], *PROJECT["project"]["optional-dependencies"]["dev"]]
+    asked = {_canonical(re.match(r"[A-Za-z0-9_.-]+", want)[0]) for want in wanted}  # type: ignore[index]
+    assert asked <= names, asked - names
+
+
+def _canonical(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def test_the_readme_tree_is_the_tree() -> None:
+    """A fenced block ```text whose lines are `path  description`: every path exists, every module is there."""
+    readme = ROOT / "README.md"
+    blocks = re.findall(r"```text\n(.*?)```", readme.read_text(), re.S)
+    listed = [
+        line.split()[0] for block in blocks for line in block.splitlines() if re.match(r"\S+ {2,}\S", line)
+    ]
+    assert listed, "the README shows the tree in a ```text block"
+    assert [path for path in listed if not (ROOT / path).exists()] == []
+    folders = {
+        f"{p.relative_to(ROOT)}" for p in PACKAGE.iterdir() if p.is_dir() and (p / "__init__.py").exists()
+    }
+    modules = {f"{p.relative_to(ROOT)}" for p in PACKAGE.glob("*.py") if p.name != "__init__.py"}
+    assert {path.rstrip("/") for path in listed} >= folders | modules

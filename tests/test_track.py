@@ -1,0 +1,149 @@
+"""Journal first: what was written survives kills and resumes, and reaches MLflow once."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cranium import track
+from cranium.config import UserError
+from cranium.track import Journal, Tracker, read_journal
+
+
+def _steps(folder: Path) -> list[tuple[int, str]]:
+    return [(entry.step, entry.attempt) for entry in read_journal(folder)]
+
+
+def test_a_resume_voids_what_the_checkpoint_does_not_hold(tmp_path: Path) -> None:
+    with Journal(tmp_path, "a") as journal:
+        for step in range(1, 6):
+            journal.metrics(step, {"train/loss": 10.0 - step})
+    with Journal(tmp_path, "b", resume=3) as journal:
+        for step in range(3, 5):
+            journal.metrics(step, {"train/loss": 0.0})
+    assert _steps(tmp_path) == [(1, "a"), (2, "a"), (3, "b"), (4, "b")]
+    with Journal(tmp_path, "c"):
+        pass  # from scratch
+    assert _steps(tmp_path) == []
+
+
+def test_a_torn_last_line_is_dropped_and_damage_elsewhere_refused(tmp_path: Path) -> None:
+    with Journal(tmp_path, "a") as journal:
+        journal.metrics(1, {"train/loss": 1.0})
+        journal.metrics(2, {"train/loss": 2.0})
+        path = journal.path
+    whole = path.read_bytes()
+    for cut in range(1, len(whole.splitlines()[-1]) + 1):
+        path.write_bytes(whole[:-cut])
+        assert _steps(tmp_path) == [(1, "a")]
+    path.write_bytes(whole.replace(b'{"step": 1', b'{"step" 1'))
+    with pytest.raises(UserError) as refused:
+        read_journal(tmp_path)
+    assert refused.value.code == "JOURNAL" and "line 2" in str(refused.value)
+
+
+def test_a_line_is_on_disk_before_the_next_step(tmp_path: Path) -> None:
+    journal = Journal(tmp_path, "a")
+    journal.metrics(1, {"train/loss": 1.5})
+    assert read_journal(tmp_path)[0].metrics == {"train/loss": 1.5}  # not closed, as after a SIGKILL
+    journal.close()
+
+
+def test_no_journal_is_an_empty_one(tmp_path: Path) -> None:
+    assert read_journal(tmp_path / "nothing") == []
+
+
+def test_replay_sends_every_point_once(tmp_path: Path, mlflow_db: str) -> None:
+    tracker = Tracker(mlflow_db, "study")
+    run = tracker.run("pretrain/x", "x", {"stage": "pretrain"})
+    folder = tmp_path / "journal"
+    with Journal(folder, "a") as journal:
+        for step in range(1, 701):
+            journal.metrics(step, {"train/loss": 1 / step, "train/lr": float(step)})
+    assert tracker.replay(run, folder) == 1400
+    assert tracker.replay(run, folder) == 0
+    with Journal(folder, "b", resume=500) as journal:  # repeats steps that were sent
+        for step in range(500, 711):
+            journal.metrics(step, {"train/loss": 1 / step, "train/lr": float(step)})
+    assert tracker.replay(run, folder) == 20
+    (folder / "sent.json").unlink()  # as if we had died between sending and remembering
+    tracker.replay(run, folder)
+    history = tracker._client.get_metric_history(run, "train/loss")
+    assert sorted({point.step for point in history}) == list(range(1, 711))
+    assert {point.step: point.value for point in history}[250] == 1 / 250
+
+
+def test_a_run_is_found_again_by_its_key(mlflow_db: str) -> None:
+    tracker = Tracker(mlflow_db, "study")
+    parent = tracker.run("sweep/x", "sweep x", {"a": "1"})
+    assert Tracker(mlflow_db, "study").run("sweep/x", "sweep x", {"a": "2"}) == parent
+    for fold in range(3):
+        for _ in range(2):  # the second time nothing new
+            tracker.record(
+                f"cell/{fold}",
+                f"cell {fold}",
+                parent,
+                {"fold": str(fold)},
+                {"seed": "0"},
+                {"test/auroc": fold / 4},
+            )
+    children = tracker.children(parent)
+    assert [child.tags["fold"] for child in children] == ["0", "1", "2"]
+    assert [child.metrics["test/auroc"] for child in children] == [0.0, 0.25, 0.5]
+    assert {child.status for child in children} == {"FINISHED"} and {child.key for child in children} == {
+        "cell/0",
+        "cell/1",
+        "cell/2",
+    }
+    assert Tracker(mlflow_db, "another").run("sweep/x", "sweep x", {}) != parent
+
+
+def test_params_tags_and_files(tmp_path: Path, mlflow_db: str) -> None:
+    tracker = Tracker(mlflow_db, "study")
+    run = tracker.run("k", "k", {})
+    tracker.params(run, {f"p{i:03}": i for i in range(230)})  # beyond MLflow's 100 a call
+    tracker.log(run, metrics={"cells": 4.0}, tags={"t": "x"}, params={"p000": "changed", "new": 1})
+    (tmp_path / "resolved.yaml").write_text("name: x\n")
+    tracker.artefact(run, tmp_path / "resolved.yaml")
+    tracker.finish(run)
+    found = tracker._client.get_run(run)
+    assert len(found.data.params) == 231 and found.data.params["p000"] == "0", "params never change"
+    assert (
+        found.data.metrics["cells"] == 4.0 and found.data.tags["t"] == "x" and found.info.status == "FINISHED"
+    )
+    stored = list((tmp_path / track.ARTEFACTS).rglob("resolved.yaml"))
+    assert [path.read_text() for path in stored] == ["name: x\n"], (
+        "beside the database, not in the current folder"
+    )
+
+
+def test_mlflow_down_fails_within_seconds() -> None:
+    started = time.monotonic()
+    with pytest.raises(track.TrackingError) as down:
+        Tracker("http://127.0.0.1:9", "study")
+    assert time.monotonic() - started < 20 and "127.0.0.1:9" in str(down.value)
+
+
+def test_an_unwritable_database_is_a_tracking_error(tmp_path: Path) -> None:
+    (tmp_path / "mlflow.db").write_text("this is no database" * 100)
+    with pytest.raises(track.TrackingError):
+        Tracker(f"sqlite:///{tmp_path / 'mlflow.db'}", "study")
+
+
+@given(
+    st.recursive(
+        st.integers() | st.text() | st.lists(st.integers()),
+        lambda v: st.dictionaries(st.text("ab"), v),
+        max_leaves=8,
+    )
+)
+def test_flatten_keeps_every_leaf(value: object) -> None:
+    def leaves(node: object) -> int:
+        return sum(map(leaves, node.values())) if isinstance(node, dict) else 1
+
+    flat = track.flatten({"x": value})
+    assert len(flat) == leaves(value) and all(isinstance(text, str) for text in flat.values())

@@ -1,0 +1,145 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy import ndimage
+
+import phantoms
+from cranium.volume import nifti, slices
+
+SHAPE = (44, 52, 40)
+RAS = phantoms.affine((4, 4, 4), SHAPE)
+
+
+def dice(a: np.ndarray, b: np.ndarray) -> float:
+    return 2 * np.count_nonzero(a & b) / (np.count_nonzero(a) + np.count_nonzero(b))
+
+
+def brain(grid: np.ndarray, shape: tuple[int, int, int] = SHAPE) -> np.ndarray:
+    return phantoms.tissues(phantoms.Head(), shape, grid) >= 2
+
+
+def test_bounding_box_equals_a_slow_loop() -> None:
+    grid = phantoms.affine((4, 3, 5), SHAPE, (10, -7, 20), (3, 2, 1))
+    mask = np.random.default_rng(0).random(SHAPE) > 0.999
+    world = np.array([grid[:3, :3] @ index + grid[:3, 3] for index in np.argwhere(mask)])
+    low, high = slices.bounding_box(mask, grid)
+    np.testing.assert_allclose(low, world.min(axis=0))
+    np.testing.assert_allclose(high, world.max(axis=0))
+    with pytest.raises(ValueError, match="empty"):
+        slices.bounding_box(np.zeros(SHAPE, bool), grid)
+
+
+def test_session_grid_is_centred_and_has_its_spacing() -> None:
+    mask = brain(RAS)
+    low, high = slices.bounding_box(mask, RAS)
+    grid = slices.session_grid(mask, RAS, 56, 3.0, 2.0)
+    assert grid.shape == (int(np.ceil((high[2] - low[2]) / 2)) + 1, 56, 56)
+    middle = grid.affine @ [27.5, 27.5, (grid.shape[0] - 1) / 2, 1]
+    np.testing.assert_allclose(middle[:3], (low + high) / 2)
+    np.testing.assert_allclose(grid.affine @ [1, 0, 0, 0], [0, -3, 0, 0])  # a row down is 3 mm to the back
+    np.testing.assert_allclose(grid.affine @ [0, 1, 0, 0], [3, 0, 0, 0])  # a column on is 3 mm to the right
+    np.testing.assert_allclose(grid.affine @ [0, 0, 1, 0], [0, 0, 2, 0])
+
+
+def test_resampling_a_ramp_is_exact() -> None:
+    """A linear function of the world survives linear interpolation; outside the field of view there is nothing."""
+    grid = slices.session_grid(brain(RAS), RAS, 60, 4.0, 4.0)
+    slope = np.array([0.5, -0.25, 2.0])
+    for degrees in ((0, 0, 0), (8, -5, 12)):
+        source = phantoms.affine((4, 4, 4), SHAPE, degrees)
+        world = np.tensordot(source[:3, :3], np.indices(SHAPE), 1) + source[:3, 3, None, None, None]
+        values = np.tensordot(slope, world, 1).astype(np.float32)
+        result = slices.onto_grid(values, source, grid)
+        z, h, w = np.indices(grid.shape)
+        points = np.stack([h, w, z, np.ones_like(z)]).reshape(4, -1)
+        expected = (slope @ (grid.affine @ points)[:3]).reshape(grid.shape)
+        index = (np.linalg.inv(source) @ grid.affine @ points)[:3].reshape(3, *grid.shape)
+        limits = np.array(SHAPE)[:, None, None, None] - 1
+        inside = ((index >= 0) & (index <= limits)).all(axis=0)
+        far = ((index < -0.51) | (index > limits + 0.51)).any(axis=0)
+        np.testing.assert_allclose(result[inside], expected[inside], atol=2e-3)
+        assert np.isnan(result[far]).all() and far.any()
+
+
+def test_tilted_and_flipped_headers_give_the_same_stack() -> None:
+    """The same world on other voxels. Axis flips are exact; a tilt costs only interpolation."""
+    data = phantoms.intensities(phantoms.tissues(phantoms.Head(), SHAPE, RAS), "T1w").astype(np.float32)
+    grid = slices.session_grid(brain(RAS), RAS, 56, 3.5, 4.5)
+    expected = slices.onto_grid(data, RAS, grid)
+    for axes in ("LAS", "LPS", "PIR", "SRA"):
+        turned, affine = nifti.to_ras(*phantoms.turned(data, RAS, axes))
+        np.testing.assert_array_equal(slices.onto_grid(turned, affine, grid), expected)
+    fine = (88, 104, 80)
+    straight, tilted = (phantoms.affine((2, 2, 2), fine, degrees) for degrees in ((0, 0, 0), (7, -5, 9)))
+    seen = [slices.onto_grid(brain(a, fine).astype(np.float32), a, grid) > 0.5 for a in (straight, tilted)]
+    assert dice(*seen) > 0.98
+
+
+def test_coarser_grids_are_antialiased() -> None:
+    """A pattern that alternates from voxel to voxel must vanish at three times the spacing, not fold into stripes."""
+    shape = (60, 60, 60)
+    source = phantoms.affine((1, 1, 1), shape)
+    stripes = np.broadcast_to((np.arange(60) % 2).astype(np.float32)[:, None, None], shape)
+    grid = slices.session_grid(np.ones(shape, bool), source, 16, 2.9, 3.0)
+    result = slices.onto_grid(stripes, source, grid)[5:15, 2:14, 2:14]
+    assert np.abs(result - 0.5).max() < 0.05
+    fine = slices.session_grid(np.ones(shape, bool), source, 60, 1.0, 1.0)
+    np.testing.assert_array_equal(slices.onto_grid(stripes, source, fine)[0, 0], stripes[:, 0, 0])
+
+
+def test_labels_take_the_nearest_voxel() -> None:
+    labels = np.random.default_rng(0).integers(0, 5, SHAPE).astype(np.uint8)
+    grid = slices.session_grid(brain(RAS), RAS, 56, 3.1, 2.9)
+    step = np.linalg.inv(RAS) @ grid.affine_xyz
+    expected = ndimage.affine_transform(
+        labels, step[:3, :3], step[:3, 3], grid.shape[::-1], order=0, mode="constant", cval=0
+    )
+    np.testing.assert_array_equal(
+        slices.onto_grid(labels, RAS, grid, labels=True), expected.transpose(2, 1, 0)
+    )
+
+
+@pytest.mark.parametrize("degrees", [(0, 0, 0), (8, -6, 10)])
+def test_label_maps_return_to_the_scan(degrees: tuple[float, float, float]) -> None:
+    shape = (88, 104, 36)
+    native = phantoms.affine((2, 2, 5), shape, degrees)
+    mask = brain(native, shape)
+    grid = slices.session_grid(mask, native, 180, 1.0, 1.0)
+    conformed = slices.onto_grid(mask.astype(np.uint8), native, grid, labels=True)
+    back = slices.to_native(conformed, grid, shape, native)
+    assert back.dtype == np.uint8 and dice(back > 0, mask) > 0.99
+
+
+def test_kept_is_one_run_from_the_first_to_the_last_slice_with_enough_brain() -> None:
+    shares = [0, 0.04, 0.06, 0.5, 0.01, 0.3, 0.05, 0.049, 0]
+    masks = np.zeros((len(shares), 20, 50), bool)
+    for mask, share in zip(masks, shares, strict=True):
+        mask.flat[: round(share * 1000)] = True
+    assert slices.kept(masks, 0.05) == range(2, 7)
+    assert slices.kept(masks, 0.6) == range(0)
+    assert slices.kept(masks, 0.0) == range(1, 8)  # a slice without brain at all is never kept
+
+
+def test_stacks_and_back_are_bit_equal() -> None:
+    volumes = np.random.default_rng(0).integers(0, 256, (3, 9, 6, 7), np.uint8)
+    run = range(2, 8)
+    stacks = slices.to_stacks(volumes, run)
+    assert stacks.shape == (6, 3, 1, 6, 7)
+    for i, z in enumerate(run):
+        np.testing.assert_array_equal(stacks[i, :, 0], volumes[:, z])
+    back = slices.from_stacks(stacks, run, 9)
+    np.testing.assert_array_equal(back[:, 2:8], volumes[:, 2:8])
+    assert not back[:, :2].any() and not back[:, 8:].any()
+
+
+@pytest.mark.parametrize("depth", [1, 3, 4])
+def test_neighbours(depth: int) -> None:
+    volume = np.random.default_rng(0).integers(1, 256, (5, 4, 6), np.uint8)
+    stacks = slices.to_neighbours(volume, range(5), depth)
+    assert stacks.shape == (5, 1, depth, 4, 6)
+    for z in range(5):
+        for s in range(depth):
+            at = z + s - depth // 2
+            np.testing.assert_array_equal(stacks[z, 0, s], volume[at] if 0 <= at < 5 else 0)
+    np.testing.assert_array_equal(slices.from_stacks(stacks, range(5), 5)[0], volume)
