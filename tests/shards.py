@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+
 from cranium import store
 from cranium.store import Artefact
 from cranium.volume import shard
@@ -43,11 +44,24 @@ def shard_set(
                 )
             )
             groups.append({"subject": subject, "session": "", "rows": slices, "first_slice": 0})
-            rows.append({"cohort": cohort, "subject": subject, "session": "", "present": present, "num_slices": slices})
+            rows.append(
+                {
+                    "cohort": cohort,
+                    "subject": subject,
+                    "session": "",
+                    "present": present,
+                    "num_slices": slices,
+                }
+            )
         path = folder / "shards" / f"{len(entries)}.parquet"
         shard.write(path, tables)
         entries.append(
-            {"file": f"shards/{path.name}", "sha256": store.sha256(path), "rows": slices * len(part), "row_groups": groups}
+            {
+                "file": f"shards/{path.name}",
+                "sha256": store.sha256(path),
+                "rows": slices * len(part),
+                "row_groups": groups,
+            }
         )
     pd.DataFrame(rows).to_parquet(folder / "sessions.parquet")
     store.commit(

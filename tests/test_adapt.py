@@ -9,12 +9,20 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from cranium import adapt, store
-from cranium.config import Cell, Classification, Probe, UserError
 from sklearn.metrics import roc_auc_score
 
-LABELS = {"condition": {"column": "condition", "classes": {"control": ["control"], "lesion": ["lesion"], "atrophy": ["atrophy"]}}}
-TASK = Classification(name="lesion", cohort="home", label="condition", classes=("control", "lesion"), external=("away",))
+from cranium import adapt, store
+from cranium.config import Cell, Classification, Probe, UserError
+
+LABELS = {
+    "condition": {
+        "column": "condition",
+        "classes": {"control": ["control"], "lesion": ["lesion"], "atrophy": ["atrophy"]},
+    }
+}
+TASK = Classification(
+    name="lesion", cohort="home", label="condition", classes=("control", "lesion"), external=("away",)
+)
 
 
 def cohort(root: Path, name: str, conditions: list[str], signal: float, seed: int) -> adapt.Cohort:
@@ -32,17 +40,38 @@ def cohort(root: Path, name: str, conditions: list[str], signal: float, seed: in
         centre = rng.normal(size=6) + signal * (condition == "lesion")
         for index in range(4):
             vector = (centre + 0.1 * rng.normal(size=6)).astype(np.float32)
-            rows.append({"cohort": name, "subject": subject, "session": "", "slice": index, "present": 7, "features": vector.tobytes()})
+            rows.append(
+                {
+                    "cohort": name,
+                    "subject": subject,
+                    "session": "",
+                    "slice": index,
+                    "present": 7,
+                    "features": vector.tobytes(),
+                }
+            )
     features.mkdir(parents=True)
     pq.write_table(pa.Table.from_pylist(rows), features / "features.parquet")
     return adapt.Cohort(name, shards, features)
 
 
 def work(root: Path, home: adapt.Cohort, away: adapt.Cohort, **cell: object) -> adapt.Work:
-    fields = {"task": "lesion", "cohort": "home", "init": "random", "label_fraction": 1.0, "scheme": "subject"}
+    fields = {
+        "task": "lesion",
+        "cohort": "home",
+        "init": "random",
+        "label_fraction": 1.0,
+        "scheme": "subject",
+    }
     fields |= {"fold": 0, "seed": 0, "contrasts": ("T1w",)} | cell
     return adapt.Work(
-        Cell.model_validate(fields), TASK, Probe(), ("head", "site", "present"), home, (away,), root / "adapt" / "cell"
+        Cell.model_validate(fields),
+        TASK,
+        Probe(),
+        ("head", "site", "present"),
+        home,
+        (away,),
+        root / "adapt" / "cell",
     )
 
 
@@ -136,7 +165,9 @@ def test_matched_sets_stay_whole_and_covariates_then_say_nothing(tmp_path):
     conditions = ["control", "lesion"] * 30
     home = cohort(tmp_path, "home", conditions, 0.0, 0)
     sessions = pd.read_parquet(home.shard_set / "sessions.parquet")
-    sessions = sessions.assign(block=[f"b{i // 2}" for i in range(60)], head=[f"h{i // 2}" for i in range(60)])
+    sessions = sessions.assign(
+        block=[f"b{i // 2}" for i in range(60)], head=[f"h{i // 2}" for i in range(60)]
+    )
     sessions.to_parquet(home.shard_set / "sessions.parquet")
     scores = {}
     for matched in (None, "block"):
@@ -147,7 +178,9 @@ def test_matched_sets_stay_whole_and_covariates_then_say_nothing(tmp_path):
         folds = adapt.assign_folds(table, "subject", 5, 0)
         if matched:
             assert all(len({folds[s] for s in part["subject"]}) == 1 for _, part in table.groupby("block"))
-        job = work(tmp_path / str(matched), adapt.Cohort("home", home.shard_set, None), home, init="covariates")
+        job = work(
+            tmp_path / str(matched), adapt.Cohort("home", home.shard_set, None), home, init="covariates"
+        )
         blind = replace(job, external=())
         scores[matched] = adapt.run_cell(blind, folds)["test/auroc"]
     assert scores["block"] == 0.5

@@ -130,7 +130,6 @@ def cells(
                     "task": {"name": EVIL if evil else "lesion", "classes": ["control", "lesion"]},
                     "counts": {"n_train": n, "n_train_positive": n // 2, "n_test": len(test)},
                     "metrics": {"test/auroc": metrics.auroc(test["label"], test["prob_lesion"])},
-                    "run_id": f"{number:02x}{fold:02x}{int(100 * fraction):03x}" + "0" * 25,
                 }  # fmt: skip
                 (folder / "manifest.json").write_text(json.dumps(manifest))
                 made.append(folder)
@@ -189,6 +188,7 @@ def inputs(
         "mlflow_experiment": "1",
         "bootstrap": 400,
     }
+    values["cell_runs"] = {cell.name: f"{i:032x}" for i, cell in enumerate(more["cells"])}  # type: ignore[arg-type, union-attr]
     return report.ReportInputs(**{**values, **more})  # type: ignore[arg-type]
 
 

@@ -58,22 +58,32 @@ def subjects(shard_set: Path, task: Classification) -> pd.DataFrame:
     declared = manifest["card"]["labels"].get(task.label)
     if declared is None:
         known = ", ".join(manifest["card"]["labels"]) or "none"
-        raise UserError("LABEL", f"cohort {manifest['cohort']} declares no label {task.label!r} (its labels: {known})")
+        raise UserError(
+            "LABEL", f"cohort {manifest['cohort']} declares no label {task.label!r} (its labels: {known})"
+        )
     label = Label.model_validate(declared)
     if unknown := sorted(set(task.classes) - set(label.classes)):
-        raise UserError("LABEL", f"task {task.name}: classes {unknown} are not in the card; it has {sorted(label.classes)}")
+        raise UserError(
+            "LABEL",
+            f"task {task.name}: classes {unknown} are not in the card; it has {sorted(label.classes)}",
+        )
     class_of = {raw: name for name, raws in label.classes.items() for raw in raws}
     table = pd.read_parquet(shard_set / "sessions.parquet").sort_values(["subject", "session"], kind="stable")
     values = table[label.column]
     if strange := sorted({str(v) for v in values.dropna() if str(v) not in class_of}):
-        raise UserError("LABEL", f"{manifest['cohort']}: values {strange[:8]} of {label.column} are in no class of the card")
+        raise UserError(
+            "LABEL",
+            f"{manifest['cohort']}: values {strange[:8]} of {label.column} are in no class of the card",
+        )
     named = values.map(lambda v: class_of.get(str(v)) if pd.notna(v) else None)
     table = table.assign(label=named.map({name: k for k, name in enumerate(task.classes)}))
     matched = manifest["card"].get("matched")
     table = table.assign(matched=table[matched].astype(str) if matched else table["subject"])
     table = table[table["label"].notna()].drop_duplicates("subject").reset_index(drop=True)
     if table.empty:
-        raise UserError("LABEL", f"no subject of {manifest['cohort']} has one of the classes {list(task.classes)}")
+        raise UserError(
+            "LABEL", f"no subject of {manifest['cohort']} has one of the classes {list(task.classes)}"
+        )
     return table.astype({"label": int})
 
 
@@ -84,7 +94,9 @@ def assign_folds(table: pd.DataFrame, scheme: str, folds: int, seed: int) -> dic
         if scheme == "subject":
             return splits.folds(ids, table["label"].to_numpy(), table["matched"].tolist(), folds, seed)
         if scheme not in table:
-            raise ValueError(f"there is no column {scheme!r} to group by; sweep.group_by names a declared group")
+            raise ValueError(
+                f"there is no column {scheme!r} to group by; sweep.group_by names a declared group"
+            )
         return splits.leave_one_group_out(ids, table[scheme].astype(str).tolist())
     except ValueError as error:
         raise UserError("SPLIT", str(error)) from None
@@ -103,11 +115,17 @@ def run_cell(work: Work, folds: Mapping[str, int]) -> dict[str, float | None]:
     home = tables[work.cohort.name]
     fold_of = home["subject"].map(dict(folds)).to_numpy()
     pool = home[fold_of != cell.fold]
-    labelled = splits.label_fraction(pool["subject"].tolist(), pool["label"].to_numpy(), cell.label_fraction, cell.seed)
+    labelled = splits.label_fraction(
+        pool["subject"].tolist(), pool["label"].to_numpy(), cell.label_fraction, cell.seed
+    )
     train = home["subject"].isin(labelled).to_numpy()
     features, labels = inputs[work.cohort.name], home["label"].to_numpy()
     fitted = probes.fit_linear(
-        features[train], labels[train], c_grid=work.probe.c_grid, folds=work.probe.inner_folds, seed=cell.seed,
+        features[train],
+        labels[train],
+        c_grid=work.probe.c_grid,
+        folds=work.probe.inner_folds,
+        seed=cell.seed,
         num_classes=len(task.classes),
     )
     test = fold_of == cell.fold
@@ -156,7 +174,9 @@ def _inputs(work: Work, tables: Mapping[str, pd.DataFrame]) -> dict[str, np.ndar
         table = tables[cohort.name]
         keys = list(zip(table["subject"], table["session"], strict=True))
         if absent := [key for key in keys if key not in pooled]:
-            raise UserError("FEATURES", f"{cohort.features} lacks sessions {absent[:5]}; run `cranium embed` again")
+            raise UserError(
+                "FEATURES", f"{cohort.features} lacks sessions {absent[:5]}; run `cranium embed` again"
+            )
         inputs[cohort.name] = np.stack([pooled[key] for key in keys])
     return inputs
 
@@ -165,7 +185,10 @@ def _inputs(work: Work, tables: Mapping[str, pd.DataFrame]) -> dict[str, np.ndar
 def _pooled(folder: Path) -> dict[tuple[str, str], np.ndarray]:
     """(subject, session) -> mean feature over its slices. Cached: a trial's process runs many cells."""
     columns, features = embed.read(folder)
-    keys = [f"{subject}\t{session}" for subject, session in zip(columns["subject"], columns["session"], strict=True)]
+    keys = [
+        f"{subject}\t{session}"
+        for subject, session in zip(columns["subject"], columns["session"], strict=True)
+    ]
     ids, pooled = classification.pool_subjects(keys, features)
     split = [i.split("\t") for i in ids]
     return {(subject, session): row for (subject, session), row in zip(split, pooled, strict=True)}

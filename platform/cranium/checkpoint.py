@@ -46,7 +46,10 @@ def architecture(init: str, arch: str) -> str:
     if init != "imagenet":
         return arch
     if arch not in IMAGENET:
-        raise UserError("NO_WEIGHTS", f"there are no supervised ImageNet-21k weights for {arch}; drop `imagenet` from sweep.init")
+        raise UserError(
+            "NO_WEIGHTS",
+            f"there are no supervised ImageNet-21k weights for {arch}; drop `imagenet` from sweep.init",
+        )
     return IMAGENET[arch]
 
 
@@ -76,7 +79,9 @@ def load_backbone(
         return backbone, Source(init, f"random (seed {seed})", arch)
     if init in PRETRAINED_HERE or init.startswith("run:"):
         if pretrained is None:
-            raise UserError("NO_WEIGHTS", f"init {init} needs a pretraining run; run `cranium pretrain` first")
+            raise UserError(
+                "NO_WEIGHTS", f"init {init} needs a pretraining run; run `cranium pretrain` first"
+            )
         path, name, licence = pretrained.path / BACKBONE, pretrained.id, None
     elif init == "dinov2" and weights_file is not None:
         path, name, licence = weights_file, weights_file.name, "Apache-2.0"
@@ -98,7 +103,9 @@ def _from_hub(init: str, arch: str) -> tuple[Path, str, str]:
     name = f"{arch}.{tag}"
     configuration = timm.models.get_pretrained_cfg(name) if tag else None
     if configuration is None or not configuration.hf_hub_id:
-        raise UserError("NO_WEIGHTS", f"there are no released weights {init} for {arch}; use init random or scratch")
+        raise UserError(
+            "NO_WEIGHTS", f"there are no released weights {init} for {arch}; use init random or scratch"
+        )
     try:
         path = hf_hub_download(configuration.hf_hub_id, "model.safetensors")
     except Exception as error:  # the hub raises many kinds; to the user they are all one
@@ -113,7 +120,9 @@ def _from_hub(init: str, arch: str) -> tuple[Path, str, str]:
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Tensors of a safetensors file, or of a PyTorch file without code (`weights_only`); float32 on the CPU."""
     if not path.is_file():
-        raise UserError("NO_WEIGHTS", f"{path} does not exist; weights=PATH takes a .safetensors or .pth file")
+        raise UserError(
+            "NO_WEIGHTS", f"{path} does not exist; weights=PATH takes a .safetensors or .pth file"
+        )
     try:
         if path.suffix == ".safetensors":
             state = load_file(path)
@@ -124,14 +133,18 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise UserError("NO_WEIGHTS", f"{path} could not be read as weights: {error}") from None
     except Exception as error:
         if type(error).__name__ == "UnpicklingError":
-            raise UserError("NO_WEIGHTS", f"{path} holds pickled code, which is never run; convert it to safetensors") from None
+            raise UserError(
+                "NO_WEIGHTS", f"{path} holds pickled code, which is never run; convert it to safetensors"
+            ) from None
         raise
     return {name: tensor.float() for name, tensor in state.items()}
 
 
 def export(folder: Path, backbone: vit.Backbone, card: Mapping[str, Any]) -> None:
     """Write `backbone.safetensors`: every tensor fp32, and how they were made as metadata."""
-    state = {name: tensor.detach().cpu().float().contiguous() for name, tensor in backbone.state_dict().items()}
+    state = {
+        name: tensor.detach().cpu().float().contiguous() for name, tensor in backbone.state_dict().items()
+    }
     metadata = {"cranium": json.dumps({"arch": backbone.arch, "in_channels": backbone.in_channels, **card})}
     temporary = folder / f".{BACKBONE}.part"
     save_file(state, temporary, metadata)

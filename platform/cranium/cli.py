@@ -75,9 +75,7 @@ def read_target(path: Path, settings: Sequence[str] | None) -> Target:
             f"raw.{card.name}={s.removeprefix('raw=')}" if s.startswith("raw=") else s for s in settings
         ]
         facts, keys = _parted(settings)
-        small = {"name": card.name, "ingest": {"cohorts": [card.name]}}
-        exp = config._validated(Experiment, config._merge(small, config._nested(keys)), str(path))
-        return Target(path, exp, {card.name: card}, config.load_machine(facts))
+        return Target(path, config.experiment_of(card, keys), {card.name: card}, config.load_machine(facts))
     facts, keys = _parted(settings)
     exp = config.load_experiment(path, keys)
     folder = config.share(path) / "datasets"

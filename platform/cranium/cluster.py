@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import hashlib
 import os
+import secrets
 import shlex
 import shutil
 import signal
@@ -37,7 +38,8 @@ ENVIRONMENT: Mapping[str, str] = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # results are kept by track and the cells themselves
 }
 LOCAL_ENVIRONMENT: Mapping[str, str] = {
-    "RAY_AUTH_MODE": "disabled",  # bound to loopback, in a private folder
+    "RAY_AUTH_MODE": "token",  # Ray's own servers listen on every interface, whatever address they are given
+    "RAY_AUTH_TOKEN": secrets.token_hex(32),  # of this process and its cluster alone
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_worker_niceness": "0",  # on a private cluster the workers are the work; Ray would give them the last turn
 }

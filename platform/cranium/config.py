@@ -22,9 +22,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 Contrast = Literal["T1w", "T2w", "FLAIR", "T1ce", "PDw"]
 Init = str  # imagenet | dinov2 | scratch | brainfound | random | covariates | run:<id>
 INITS = ("random", "imagenet", "dinov2", "scratch", "brainfound", "covariates")
-PRETRAINED_HERE: Mapping[str, str] = {"scratch": "random", "brainfound": "dinov2"}  # init -> what its pretraining starts from
+PRETRAINED_HERE: Mapping[str, str] = {
+    "scratch": "random",
+    "brainfound": "dinov2",
+}  # init -> what its pretraining starts from
 MAX_YAML_BYTES = 1 << 20
-NAME = re.compile(r"[a-z][a-z0-9_]*")
+NAME = r"^[a-z][a-z0-9_]*$"
 
 
 class UserError(Exception):
@@ -94,7 +97,7 @@ class Overlap(Frozen):
 class Card(Frozen):
     """One `datasets/*.yaml`: a published collection and how its files become a cohort."""
 
-    name: str = Field(pattern=NAME.pattern)
+    name: str = Field(pattern=NAME)
     title: str
     summary: str = ""
     access: Literal["open", "registration", "agreement", "generated", "yours"]
@@ -107,7 +110,9 @@ class Card(Frozen):
     layout: Layout
     participants: Participants | None = None
     labels: dict[str, Label] = {}
-    groups: tuple[str, ...] = ()  # columns that tie subjects together beyond the subject itself (family, head)
+    groups: tuple[
+        str, ...
+    ] = ()  # columns that tie subjects together beyond the subject itself (family, head)
     # Column of matched sets (one subject per class, alike in all else). Folds keep a set whole: split, the held-out
     # class would be the rarer one of its set in training, and covariates alone would fall far below chance.
     matched: str | None = None
@@ -119,7 +124,11 @@ class Card(Frozen):
         if missing := set(self.contrasts) - set(self.layout.files):
             raise ValueError(f"no file pattern for {sorted(missing)} under layout.files")
         columns = set(self.participants.columns) if self.participants else set()
-        used = {label.column for label in self.labels.values()} | set(self.groups) | ({self.matched} - {None})
+        used = (
+            {label.column for label in self.labels.values()}
+            | set(self.groups)
+            | ({self.matched} if self.matched else set())
+        )
         if unknown := used - columns:
             raise ValueError(f"{sorted(unknown)} are not among participants.columns {sorted(columns)}")
         return self
@@ -314,7 +323,7 @@ class Classification(Frozen):
     """Subject-level disease detection from slices: `label` and `classes` are names in the cohort's card."""
 
     task: Literal["classification"] = "classification"
-    name: str = Field(pattern=NAME.pattern)
+    name: str = Field(pattern=NAME)
     cohort: str
     label: str
     classes: tuple[str, ...] = Field(min_length=2)
@@ -377,7 +386,7 @@ class Report(Frozen):
 class Experiment(Frozen):
     """One `experiments/*.yaml`."""
 
-    name: str = Field(pattern=NAME.pattern)
+    name: str = Field(pattern=NAME)
     asks: str = ""  # the question, in a line
     cost: str = ""
     demo: Demo | None = None
@@ -475,9 +484,11 @@ class _Loader(yaml.SafeLoader):
 def _no_duplicates(loader: _Loader, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
     seen: set[Any] = set()
     for key_node, _ in node.value:
-        key = loader.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+        key = loader.construct_object(key_node, deep=True)
         if key in seen:
-            raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
+            raise yaml.constructor.ConstructorError(
+                None, None, f"key {key!r} is given twice", key_node.start_mark
+            )
         seen.add(key)
     return loader.construct_mapping(node, deep=deep)
 
@@ -488,14 +499,16 @@ _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _no_dupl
 def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML mapping. Raises `UserError` for a file that is absent, too large, unsafe or no mapping."""
     if not path.is_file():
-        raise UserError("NO_FILE", f"{path} does not exist; give the path of a YAML file, e.g. experiments/demo.yaml")
+        raise UserError(
+            "NO_FILE", f"{path} does not exist; give the path of a YAML file, e.g. experiments/demo.yaml"
+        )
     if path.stat().st_size > MAX_YAML_BYTES:
         raise UserError("YAML_SIZE", f"{path} is larger than {MAX_YAML_BYTES} bytes, which no config is")
     text = path.read_text(encoding="utf-8-sig")
     if re.search(r"(?m)(^|[\s:\[{,-])[&*][A-Za-z0-9_]", re.sub(r"(?m)#.*$|\"[^\"]*\"|'[^']*'", "", text)):
         raise UserError("YAML_ALIAS", f"{path} uses YAML anchors or aliases; write the values out")
     try:
-        content = yaml.load(text, _Loader)  # noqa: S506  (a SafeLoader)
+        content = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise UserError("YAML", f"{path}: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
@@ -504,12 +517,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def share(start: Path | None = None) -> Path:
-    """The folder that holds `datasets/`, `experiments/`, `dashboards/`.
+    """The folder that holds `datasets/` and `experiments/`.
 
-    The clone a given YAML lies in, else what the wheel installed, else the clone this package runs from.
+    The nearest folder above a given YAML that has cohort cards, else what the wheel installed, else this clone.
     """
-    for folder in (start.absolute().parents if start else ()):
-        if (folder / "pyproject.toml").is_file() and (folder / "datasets").is_dir():
+    for folder in start.absolute().parents if start else ():
+        if any((folder / "datasets").glob("*.yaml")):
             return folder
     installed = Path(__file__).parent / "share"
     return installed if installed.is_dir() else Path(__file__).parents[2]
@@ -519,7 +532,9 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in over.items():
         below = merged.get(key)
-        merged[key] = _merge(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
+        merged[key] = (
+            _merge(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
+        )
     return merged
 
 
@@ -528,7 +543,9 @@ def _with_base(path: Path) -> dict[str, Any]:
     if base := content.pop("base", None):
         below = read_yaml(path.parent / str(base))
         if "base" in below:
-            raise UserError("BASE", f"{path.parent / str(base)} has a `base:` of its own; one level is allowed")
+            raise UserError(
+                "BASE", f"{path.parent / str(base)} has a `base:` of its own; one level is allowed"
+            )
         content = _merge(below, content)
     return content
 
@@ -537,7 +554,9 @@ def _validated(model: type[T], content: Mapping[str, Any], where: str) -> T:
     try:
         return model.model_validate(content)
     except ValidationError as error:
-        raise UserError("CONFIG", "; ".join(f"{where}: {_explain(model, e)}" for e in error.errors())) from None
+        raise UserError(
+            "CONFIG", "; ".join(f"{where}: {_explain(model, e)}" for e in error.errors())
+        ) from None
 
 
 def _explain(model: type[Frozen], error: Any) -> str:
@@ -567,12 +586,13 @@ def _nested(overrides: Iterable[str]) -> dict[str, Any]:
         if not equals or not key:
             raise UserError("USAGE", f"`{item}` is no setting; write key=value, e.g. pretrain.steps=100")
         try:
-            value = yaml.load(text, _Loader) if text else None  # noqa: S506
+            value = yaml.load(text, _Loader) if text else None
         except yaml.YAMLError:
             value = text
+        branch: Any = value
         for part in reversed(key.split(".")):
-            value = {part: value}
-        tree = _merge(tree, value)
+            branch = {part: branch}
+        tree = _merge(tree, branch)
     return tree
 
 
@@ -581,20 +601,31 @@ def load_experiment(path: Path, overrides: Iterable[str] = ()) -> Experiment:
     return _validated(Experiment, _merge(_with_base(path), _nested(overrides)), str(path))
 
 
+def experiment_of(card: Card, overrides: Iterable[str] = ()) -> Experiment:
+    """The smallest experiment on one cohort: `cranium ingest datasets/adni.yaml`."""
+    small = {"name": card.name, "ingest": {"cohorts": [card.name]}}
+    return _validated(Experiment, _merge(small, _nested(overrides)), card.name)
+
+
 def load_card(name_or_path: str | Path, folder: Path | None = None) -> Card:
-    """A cohort card by path, or by name from `folder` (default: the shipped `datasets/`)."""
+    """A cohort card by path, or by name from `folder` or else the shipped `datasets/`."""
     path = Path(name_or_path)
     if path.suffix != ".yaml":
-        folder = folder or share() / "datasets"
-        path = folder / f"{name_or_path}.yaml"
+        folders = [*([folder] if folder else []), share() / "datasets"]
+        path = next(
+            (f / f"{name_or_path}.yaml" for f in folders if (f / f"{name_or_path}.yaml").is_file()), path
+        )
         if not path.is_file():
-            known = sorted(p.stem for p in folder.glob("*.yaml"))
+            folder = folders[0]
+            known = sorted({p.stem for f in folders for p in f.glob("*.yaml")})
             near = difflib.get_close_matches(str(name_or_path), known, 1)
             hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
-            raise UserError("NO_COHORT", f"no card {path.name} in {folder}; {hint}")
+            raise UserError("NO_COHORT", f"no card {path.name}.yaml in {folder}; {hint}")
     card = _validated(Card, _with_base(path), str(path))
     if card.name != path.stem:
-        raise UserError("CONFIG", f"{path}: `name` is {card.name}, but cohorts are found by file name; make them equal")
+        raise UserError(
+            "CONFIG", f"{path}: `name` is {card.name}, but cohorts are found by file name; make them equal"
+        )
     return card
 
 
@@ -622,7 +653,9 @@ def fingerprint(value: Any) -> str:
 
 
 def canonical(value: Any) -> str:
-    return json.dumps(_plain(value), sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return json.dumps(
+        _plain(value), sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False
+    )
 
 
 def _plain(value: Any) -> Any:

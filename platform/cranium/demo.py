@@ -35,7 +35,7 @@ from cranium.demo_sources import NETWORKS, REQUIREMENTS, SOURCES, Member, Source
 from cranium.volume import simulate
 from cranium.volume.simulate import Sequence
 
-RECIPE = 1  # raise when the same spec should give other voxels
+RECIPE = 2  # raise when the same spec should give other voxels
 PATTERNS = (("T1w", "T2w", "FLAIR"), ("T1w", "T2w"), ("T1w", "FLAIR"))
 ORIENTATIONS = ("RAS", "LAS", "LPS", "LIA")
 COLUMNS = (
@@ -303,10 +303,10 @@ def make_subject(subject: Subject, seed: int, head_file: Path, root: Path) -> di
     head, widening = _load_head(head_file)
     draw = functools.partial(draws, seed, subject.cohort, subject.name)
     rng = draw("condition")
-    widen = float(rng.normal(1.25 if subject.condition == "atrophy" else 0.0, 0.55))
+    widen = float(rng.normal(3.0, 1.3) if subject.condition == "atrophy" else rng.normal(0.3, 0.8))
     load = float(np.exp(rng.normal(np.log(0.8), 0.9))) * float(rng.random() < 0.7)
     if subject.condition == "lesion":
-        load = float(np.exp(rng.normal(np.log(4.5), 0.6)))
+        load = float(np.exp(rng.normal(np.log(14.0), 0.5)))
     rng = draw("shape")
     coarse = 2 * head.spacing
     knots = tuple(slice(None, None, 2) for _ in range(3))

@@ -1,8 +1,8 @@
 """A frozen backbone over a shard set, once: slice features every probe, fold and fraction then shares.
 
 In: a finished shard set and an initialisation. Out: `<store>/embed/<init>_<cohort>-<hex>/features.parquet`, one row
-per slice stack in the shard set's order; `features` is float32, raw, [D] for `cls` and [D] for `patch_mean`. Not float16:
-the CLS tokens of a random DINOv2 backbone differ by 1e-5 only, and halving would turn that baseline into noise.
+per slice stack in the shard set's order; `features` is float32, raw, [D] for `cls` and [D] for `patch_mean`. Not
+float16: the CLS tokens of a random DINOv2 backbone differ by 1e-5 only, and halving would turn them into noise.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import torch
 
 from cranium import checkpoint, store
-from cranium.config import Embed, Experiment, Machine
+from cranium.config import Embed, Experiment, Machine, UserError
 from cranium.store import Artefact
 from cranium.volume import shard
 
@@ -30,7 +30,9 @@ IDENTITY = ["cohort", "subject", "session", "slice", "present"]
 Progress = Callable[[int, int, str], None]
 
 
-def artefact(exp: Experiment, machine: Machine, init: str, shard_set: Artefact, pretrained: Artefact | None) -> Artefact:
+def artefact(
+    exp: Experiment, machine: Machine, init: str, shard_set: Artefact, pretrained: Artefact | None
+) -> Artefact:
     """Where the features of this initialisation and shard set lie."""
     manifest = shard_set.manifest()
     key = {
@@ -96,7 +98,7 @@ def _same_preprocessing(pretrained: Artefact, manifest: dict[str, Any]) -> None:
     card = checkpoint.read_card(pretrained.path)
     for key in ("preprocessing_hash", "channels"):
         if card[key] != manifest[key]:
-            raise store.UserError(
+            raise UserError(
                 "PREPROCESSING",
                 f"{pretrained.id} was trained on {key} {card[key]}, cohort {manifest['cohort']} has {manifest[key]}; "
                 "ingest it with the same settings",
@@ -104,10 +106,16 @@ def _same_preprocessing(pretrained: Artefact, manifest: dict[str, Any]) -> None:
 
 
 def _write(
-    path: Path, backbone: torch.nn.Module, shard_set: Artefact, manifest: dict[str, Any], spec: Embed, progress: Progress | None
+    path: Path,
+    backbone: torch.nn.Module,
+    shard_set: Artefact,
+    manifest: dict[str, Any],
+    spec: Embed,
+    progress: Progress | None,
 ) -> int:
-    import ray
     from ray.data import ExecutionOptions
+
+    import ray
 
     items = [
         {"file": str(shard_set.path / entry["file"]), "index": index}
@@ -144,7 +152,9 @@ def _write(
 class Encoder:
     """A Ray Data actor: row groups in, feature rows out."""
 
-    def __init__(self, backbone: Any, features: tuple[str, ...], batch_size: int, threads: int | None) -> None:
+    def __init__(
+        self, backbone: Any, features: tuple[str, ...], batch_size: int, threads: int | None
+    ) -> None:
         import ray
 
         if threads:
@@ -168,7 +178,11 @@ class Encoder:
 
 @torch.inference_mode()
 def encode(
-    backbone: torch.nn.Module, stacks: np.ndarray, features: tuple[str, ...], batch_size: int, device: torch.device
+    backbone: torch.nn.Module,
+    stacks: np.ndarray,
+    features: tuple[str, ...],
+    batch_size: int,
+    device: torch.device,
 ) -> np.ndarray:
     """Features float32 [n, len(features) * D] of stacks uint8 [n, C, S, H, W]."""
     out = []

@@ -151,12 +151,9 @@ def ingest(study: Study) -> dict[str, Artefact]:
 
 
 def _shard_set(study: Study, cohort: str, raw: Path) -> Artefact:
-    from cranium import cohort as cohorts
     from cranium import ingest as stage
 
-    card, spec = study.cards[cohort], study.exp.ingest
-    key = stage._key(card, spec, cohorts.scan(card, raw))
-    return store.artefact(study.machine.store, "ingest", cohort, key)
+    return stage.artefact(study.cards[cohort], raw, study.exp.ingest, study.machine)
 
 
 def _count(study: Study, cohort: str, made: Artefact) -> None:
@@ -313,6 +310,7 @@ def report(
     tracked["sweep"] = runs(study, grid.artefact).get("run", "")
     tracked = {name: run for name, run in tracked.items() if run}
     demo_made = _demo_artefact(study)
+    had_not = dict(demo_made.manifest()["missing"]) if demo_made else {}
     key = {
         "report": exp.report,
         "asks": exp.asks,
@@ -340,15 +338,13 @@ def report(
                 title=exp.report.title,
                 asks=exp.asks,
                 stamps=grid.stamps,
-                notes=[
-                    *study.notes,
-                    *(f"could not be had: {what}: {why}" for what, why in study.missing.items()),
-                ],
+                notes=[f"{what}: {why}" for what, why in (had_not | study.missing).items()],
                 seconds=dict(study.seconds),
                 config=to_yaml(exp),
                 git=_git(),
                 versions={name: version(name) for name in ("ray", "mlflow", "torch", "timm", "numpy")},
                 runs=tracked,
+                cell_runs=runs(study, grid.artefact),
                 mlflow_uri=study.machine.tracking,
                 bootstrap=exp.report.bootstrap,
             ),

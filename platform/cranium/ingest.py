@@ -57,7 +57,7 @@ def ingest(
     """
     _check_spec(card, spec)
     table = cohort.scan(card, raw)
-    target = store.artefact(machine.store, "ingest", card.name, _key(card, spec, table))
+    target = _target(card, spec, table, machine)
     if target.done:
         return target
     with store.lock(machine.store, target.id):
@@ -70,6 +70,15 @@ def ingest(
                 message = f"{target.path} cannot be written ({error.strerror}); free space and run again"
                 raise UserError("NO_SPACE", message, 1) from error
     return target
+
+
+def artefact(card: Card, raw: Path, spec: Ingest, machine: Machine) -> Artefact:
+    """Where the shard set of the files below `raw` lies (it need not exist yet)."""
+    return _target(card, spec, cohort.scan(card, raw), machine)
+
+
+def _target(card: Card, spec: Ingest, table: cohort.CohortTable, machine: Machine) -> Artefact:
+    return store.artefact(machine.store, "ingest", card.name, _key(card, spec, table))
 
 
 def _check_spec(card: Card, spec: Ingest) -> None:
@@ -95,7 +104,7 @@ def _source(spec: Ingest, channel: str) -> str:
 
 def _key(card: Card, spec: Ingest, table: cohort.CohortTable) -> dict[str, Any]:
     participants = table.root / card.participants.file if card.participants else None
-    shapes = {"name", "layout", "participants", "labels", "groups", "simulated"}
+    shapes = {"name", "layout", "participants", "labels", "groups", "matched", "simulated"}
     return {
         "recipe": RECIPE,
         "card": card.model_dump(mode="json", include=shapes),

@@ -22,7 +22,17 @@ import torch
 from torch import Tensor, nn
 
 from cranium import checkpoint, store, stream, track
-from cranium.config import PRETRAINED_HERE, Crops, Experiment, Loss, Machine, Optimiser, Pretrain, UserError, fingerprint
+from cranium.config import (
+    PRETRAINED_HERE,
+    Crops,
+    Experiment,
+    Loss,
+    Machine,
+    Optimiser,
+    Pretrain,
+    UserError,
+    fingerprint,
+)
 from cranium.dinov2 import schedules
 from cranium.dinov2.crops import CropSpec
 from cranium.dinov2.method import DINOv2, MethodSpec, Student, parameter_groups
@@ -103,7 +113,9 @@ def _fit(spec: Pretrain, payload: dict[str, Any], folder: Path) -> dict[str, Any
         train_worker,
         train_loop_config=payload,
         scaling_config=ScalingConfig(
-            num_workers=compute.num_workers, use_gpu=compute.gpus_per_worker > 0, resources_per_worker=resources
+            num_workers=compute.num_workers,
+            use_gpu=compute.gpus_per_worker > 0,
+            resources_per_worker=resources,
         ),
         run_config=RunConfig(
             # The folder is named by all that shapes the run, so this name can only ever continue this very run.
@@ -149,7 +161,10 @@ def train_worker(payload: dict[str, Any]) -> dict[str, Any]:
     method, source = _build(spec, payload, corpus, device)
     optimiser = torch.optim.AdamW(
         parameter_groups(
-            method.plain_student, spec.optimiser.weight_decay[0], spec.optimiser.layer_decay, spec.optimiser.patch_embed_lr
+            method.plain_student,
+            spec.optimiser.weight_decay[0],
+            spec.optimiser.layer_decay,
+            spec.optimiser.patch_embed_lr,
         ),
         betas=(0.9, spec.optimiser.beta2),
         fused=True,
@@ -157,7 +172,9 @@ def train_worker(payload: dict[str, Any]) -> dict[str, Any]:
     start = _restore(method, optimiser, device)
     if world > 1:
         method.student = nn.parallel.DistributedDataParallel(
-            method.plain_student, device_ids=[device.index] if device.type == "cuda" else None, broadcast_buffers=False
+            method.plain_student,
+            device_ids=[device.index] if device.type == "cuda" else None,
+            broadcast_buffers=False,
         )
     batches = stream.batches(
         corpus,
@@ -168,7 +185,9 @@ def train_worker(payload: dict[str, Any]) -> dict[str, Any]:
         world=world,
         prefetch=spec.compute.prefetch_batches,
     )
-    journal = track.Journal(Path(payload["folder"]) / JOURNAL, uuid.uuid4().hex[:8], start) if rank == 0 else None
+    journal = (
+        track.Journal(Path(payload["folder"]) / JOURNAL, uuid.uuid4().hex[:8], start) if rank == 0 else None
+    )
     _loop(spec, method, optimiser, batches, device, world, journal)
     if journal:
         journal.close()
@@ -259,7 +278,7 @@ def _loop(
             precision=precision,
         )
         optimiser.zero_grad(set_to_none=True)
-        terms["total"].backward()
+        terms["total"].backward()  # type: ignore[no-untyped-call]
         norm = _clip(method.plain_student, spec.optimiser.clip)
         optimiser.step()
         method.update_teacher(now.momentum)
@@ -278,7 +297,9 @@ def _loop(
 
 def _require_finite(loss: Tensor, batch: stream.Batch, done: int, spec: Pretrain) -> None:
     # One host sync per log interval only: a NaN is noticed before it is checkpointed, not at every step.
-    due = done % spec.compute.log_every == 0 or done % spec.compute.checkpoint_every == 0 or done == spec.steps
+    due = (
+        done % spec.compute.log_every == 0 or done % spec.compute.checkpoint_every == 0 or done == spec.steps
+    )
     if due and not math.isfinite(float(loss)):
         raise UserError(
             "NOT_FINITE",
@@ -307,7 +328,7 @@ def _reduce(x: Tensor) -> Tensor:
 def _gather(x: Tensor) -> Tensor:
     import torch.distributed.nn.functional as collectives
 
-    return torch.cat(list(collectives.all_gather(x)))
+    return torch.cat(list(collectives.all_gather(x)))  # type: ignore[no-untyped-call]
 
 
 def _save(method: DINOv2, optimiser: torch.optim.Optimizer, done: int, writes: bool) -> None:

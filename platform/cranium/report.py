@@ -26,8 +26,8 @@ from cranium.tasks.statistics import Fold, Interval
 
 NO_BREAK = "\u00a0"
 INTERVAL = (
-    "95 % percentile bootstrap interval of the mean over folds (test groups drawn with replacement; the models are "
-    "fixed, so the variance of training is not in it)"
+    f"95{NO_BREAK}% percentile bootstrap interval of the mean over folds (test groups drawn with replacement; the "
+    "models are fixed, so the variance of training is not in it)"
 )
 
 
@@ -38,8 +38,8 @@ class ReportInputs:
     cohorts: shard sets `<store>/ingest/<cohort>-<hash>/`. pretraining: name of the run (its initialisation) -> a
     folder that holds its journal. cells: `<store>/adapt/<name>-<hash>/`. source: the sentence under every figure.
     stamps: what a reader must know before any number. notes: what could not be had. seconds: where the time went,
-    by stage. runs: title -> MLflow run id, beside those of the cells. mlflow_ui: address of the MLflow pages for
-    links (http or https), mlflow_experiment its experiment id; without both, ids are plain text.
+    by stage. runs: title -> MLflow run id; cell_runs: name of a cell's folder -> its own. mlflow_ui:
+    address of the MLflow pages for links (http or https), mlflow_experiment its experiment id; without both, ids are plain text.
     """
 
     cohorts: Sequence[Path]
@@ -55,6 +55,7 @@ class ReportInputs:
     git: str = ""
     versions: Mapping[str, str] | None = None
     runs: Mapping[str, str] | None = None
+    cell_runs: Mapping[str, str] | None = None
     mlflow_uri: str = ""
     mlflow_ui: str | None = None
     mlflow_experiment: str | None = None
@@ -71,7 +72,8 @@ def write(exp_name: str, inputs: ReportInputs, out: Path) -> Path:
     try:
         cohorts = [corpus.read(folder) for folder in inputs.cohorts]
         curves = training.plate(inputs.pretraining)
-        read = [_read_cell(folder) for folder in inputs.cells]
+        runs = inputs.cell_runs or {}
+        read = [_read_cell(folder, runs.get(folder.name, "")) for folder in inputs.cells]
         sheet = [corpus.presence(cohorts), corpus.examples(cohorts)] if cohorts else []
     except (OSError, KeyError, ValueError) as error:
         raise UserError("REPORT", f"an input of the report cannot be read: {error}") from error
@@ -106,7 +108,7 @@ def write(exp_name: str, inputs: ReportInputs, out: Path) -> Path:
 # ---- reading --------------------------------------------------------------------------------------------------------
 
 
-def _read_cell(folder: Path) -> tuple[Cell, list[str]]:
+def _read_cell(folder: Path, run_id: str) -> tuple[Cell, list[str]]:
     """A cell with its scores in subject order, and what about it does not agree."""
     manifest = json.loads((folder / "manifest.json").read_text())
     spec, counts = manifest["cell"], manifest["counts"]
@@ -140,7 +142,7 @@ def _read_cell(folder: Path) -> tuple[Cell, list[str]]:
         n_train_positive=int(counts["n_train_positive"]),
         n_test=int(counts["n_test"]),
         tests=tests,
-        run_id=str(manifest.get("run_id") or ""),
+        run_id=run_id,
         name=folder.name,
     )
     return cell, _disagreements(cell, manifest["metrics"])
@@ -297,9 +299,8 @@ def _point_table(found: Sequence[Point], name: str) -> Table:
             resampled = p.interval.reason
         else:
             low, high = p.interval.low, p.interval.high
-            resampled = (
-                f"{p.interval.num_groups} groups, {'within folds' if p.interval.by_fold else 'over folds'}"
-            )
+            how = "within folds" if p.interval.by_fold else "over folds"
+            resampled = f"{p.interval.num_groups} groups, {how}".replace(" ", NO_BREAK)
         n = [cell.n_train for cell in p.cells]
         positive = [cell.n_train_positive for cell in p.cells]
         n_test = [len(cell.tests[p.test].labels) for cell in p.cells]
@@ -409,7 +410,7 @@ def _results(found: Sequence[Point], pairs: Sequence[Comparison], inputs: Report
 def _main_plate(top: Sequence[Point], where: str, inputs: ReportInputs) -> Plate:
     caption = (
         "A ring is the AUROC of one cell (fold and seed), a bar runs from chance to the mean over folds with a thick "
-        f"mark at the mean, a whisker is its {INTERVAL}. covariates: head, site and which contrasts are there."
+        f"mark at the mean, a whisker is its {INTERVAL}. Covariates are head, site and presence of contrasts."
     )
     rough = [p.interval for p in top if isinstance(p.interval, Interval) and not p.interval.by_fold]
     if rough:

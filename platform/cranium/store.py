@@ -53,18 +53,27 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text())
     except FileNotFoundError:
-        raise UserError("NOT_DONE", f"{folder} has no {MANIFEST}: it was never finished; run the stage again") from None
+        raise UserError(
+            "NOT_DONE", f"{folder} has no {MANIFEST}: it was never finished; run the stage again"
+        ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError("MANIFEST", f"{path} is damaged ({error}); remove its folder and run the stage again") from None
+        raise UserError(
+            "MANIFEST", f"{path} is damaged ({error}); remove its folder and run the stage again"
+        ) from None
     if not isinstance(manifest, dict) or manifest.get("schema_version") != SCHEMA_VERSION:
         version = manifest.get("schema_version") if isinstance(manifest, dict) else None
-        raise UserError("MANIFEST_VERSION", f"{path} has schema version {version}; this Cranium reads {SCHEMA_VERSION}")
+        raise UserError(
+            "MANIFEST_VERSION", f"{path} has schema version {version}; this Cranium reads {SCHEMA_VERSION}"
+        )
     return manifest
 
 
 def commit(folder: Path, manifest: dict[str, Any]) -> None:
     """Make the artefact visible: write its manifest, whole or not at all, after everything else is on disk."""
-    write_atomic(folder / MANIFEST, json.dumps({"schema_version": SCHEMA_VERSION, **manifest}, indent=1, sort_keys=True))
+    write_atomic(
+        folder / MANIFEST,
+        json.dumps({"schema_version": SCHEMA_VERSION, **manifest}, indent=1, sort_keys=True),
+    )
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
@@ -112,7 +121,9 @@ def lock(store: Path, name: str) -> Iterator[None]:
         except BlockingIOError:
             file.seek(0)
             holder = file.read().strip() or "another process"
-            raise UserError("BUSY", f"{name} is being made by {holder}; wait for it, or stop it first") from None
+            raise UserError(
+                "BUSY", f"{name} is being made by {holder}; wait for it, or stop it first"
+            ) from None
         file.truncate(0)
         file.write(f"process {os.getpid()} on {os.uname().nodename}")
         file.flush()
@@ -122,7 +133,9 @@ def lock(store: Path, name: str) -> Iterator[None]:
 def find(store: Path, stage: str) -> list[Artefact]:
     """Every finished artefact of a stage, by name."""
     folder = store / stage
-    return [Artefact(p) for p in sorted(folder.iterdir()) if (p / MANIFEST).is_file()] if folder.is_dir() else []
+    return (
+        [Artefact(p) for p in sorted(folder.iterdir()) if (p / MANIFEST).is_file()] if folder.is_dir() else []
+    )
 
 
 def sha256(path: Path) -> str:

@@ -10,6 +10,7 @@ import queue
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +22,9 @@ from cranium.config import Stream, UserError
 from cranium.store import Artefact
 from cranium.volume import plan, shard
 
-SEGMENT_VISITS = 4096  # visits given to one Ray Data execution: its start costs 0.3 s, its plan a little memory
+SEGMENT_VISITS = (
+    4096  # visits given to one Ray Data execution: its start costs 0.3 s, its plan a little memory
+)
 READ_CPUS = 0.5  # a read is mostly memory traffic; two fit beside one core of training
 
 
@@ -58,7 +61,9 @@ def corpus(shard_sets: Sequence[Artefact]) -> Corpus:
     for key in ("channels", "shape", "preprocessing_hash"):
         values = {str(m[key]): m["cohort"] for m in manifests}
         if len(values) > 1:
-            raise UserError("SHARDS_DIFFER", f"cohorts {sorted(values.values())} differ in {key}; ingest them alike")
+            raise UserError(
+                "SHARDS_DIFFER", f"cohorts {sorted(values.values())} differ in {key}; ingest them alike"
+            )
     sessions: list[plan.Session] = []
     for artefact, manifest in zip(shard_sets, manifests, strict=True):
         groups: dict[str, list[plan.RowGroup]] = {}
@@ -69,7 +74,9 @@ def corpus(shard_sets: Sequence[Artefact]) -> Corpus:
                 groups.setdefault(key, []).append(plan.RowGroup(file, index, group["rows"]))
         sessions += [plan.Session(manifest["cohort"], key, tuple(groups[key])) for key in sorted(groups)]
         if (rows := sum(g.rows for gs in groups.values() for g in gs)) != manifest["counts"]["stacks"]:
-            raise UserError("SHARD_ROWS", f"{artefact.path}: {rows} rows listed, {manifest['counts']['stacks']} counted")
+            raise UserError(
+                "SHARD_ROWS", f"{artefact.path}: {rows} rows listed, {manifest['counts']['stacks']} counted"
+            )
     if not sessions:
         raise UserError("NO_ROWS", f"no stacks in {[str(a.path) for a in shard_sets]}")
     return Corpus(tuple(sessions), tuple(manifests[0]["shape"]), tuple(manifests[0]["channels"]))
@@ -101,7 +108,9 @@ class _Step:
     index: int
 
 
-def _steps(sessions: Sequence[plan.Session], order: plan.Order, lanes: range, start: int, stop: int) -> Iterator[_Step]:
+def _steps(
+    sessions: Sequence[plan.Session], order: plan.Order, lanes: range, start: int, stop: int
+) -> Iterator[_Step]:
     """The steps `start` to `stop` of some lanes. Visits opened before `start` and still alive open with the first."""
     number, skip = plan.locate(sessions, order, start)
     step = start
@@ -136,14 +145,24 @@ def _steps(sessions: Sequence[plan.Session], order: plan.Order, lanes: range, st
 
 
 def batches(
-    corpus: Corpus, order: plan.Order, *, start: int, stop: int, rank: int = 0, world: int = 1, prefetch: int = 2
+    corpus: Corpus,
+    order: plan.Order,
+    *,
+    start: int,
+    stop: int,
+    rank: int = 0,
+    world: int = 1,
+    prefetch: int = 2,
 ) -> Iterator[Batch]:
     """The batches of steps `start` (included) to `stop` for one of `world` workers.
 
     Raises `UserError(SHARD_CORRUPT)` when a row's CRC does not match: a changed row is never handed out.
     """
     if order.lanes % world:
-        raise UserError("LANES", f"{order.lanes} lanes cannot be shared by {world} workers; set stream.lanes to a multiple")
+        raise UserError(
+            "LANES",
+            f"{order.lanes} lanes cannot be shared by {world} workers; set stream.lanes to a multiple",
+        )
     share = order.lanes // world
     lanes = range(rank * share, (rank + 1) * share)
     return _prefetched(_assemble(corpus, order, lanes, start, stop), prefetch)
@@ -157,9 +176,13 @@ def _assemble(corpus: Corpus, order: plan.Order, lanes: range, start: int, stop:
         for key, session in step.opened.items():
             arrived, table = next(arrivals)
             if arrived != key or table.num_rows != session.rows:
-                raise RuntimeError(f"the stream is out of step: wanted {key} with {session.rows} rows, got {arrived}")
+                raise RuntimeError(
+                    f"the stream is out of step: wanted {key} with {session.rows} rows, got {arrived}"
+                )
             held[key] = (shard.pixels(table.replace_schema_metadata(form)), table["present"].to_numpy())
-        stacks = torch.empty((len(step.draws), *corpus.shape), dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+        stacks = torch.empty(
+            (len(step.draws), *corpus.shape), dtype=torch.uint8, pin_memory=torch.cuda.is_available()
+        )
         out = stacks.numpy()
         present = np.empty(len(step.draws), np.int64)
         for i, (key, position, _) in enumerate(step.draws):
@@ -169,7 +192,9 @@ def _assemble(corpus: Corpus, order: plan.Order, lanes: range, start: int, stop:
         for key in step.closed:
             del held[key]
         channels = torch.from_numpy(present)[:, None] >> torch.arange(len(corpus.channels)) & 1
-        yield Batch(step.index, stacks, channels.bool(), np.array([place for *_, place in step.draws], np.int64))
+        yield Batch(
+            step.index, stacks, channels.bool(), np.array([place for *_, place in step.draws], np.int64)
+        )
 
 
 def _arrivals(steps: Iterator[_Step]) -> Iterator[tuple[_Key, pa.Table]]:
@@ -181,8 +206,9 @@ def _arrivals(steps: Iterator[_Step]) -> Iterator[tuple[_Key, pa.Table]]:
 
 
 def _read_in_order(visits: Sequence[Sequence[plan.RowGroup]]) -> Iterator[pa.Table]:
-    import ray
     from ray.data import ExecutionOptions
+
+    import ray
 
     items = [
         {"visit": number, "files": [g.file for g in groups], "indices": [g.index for g in groups]}
@@ -199,7 +225,7 @@ def _read_in_order(visits: Sequence[Sequence[plan.RowGroup]]) -> Iterator[pa.Tab
     for block in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2):
         numbers = block["visit"].to_numpy()
         edges = [0, *(np.flatnonzero(np.diff(numbers)) + 1), len(numbers)]
-        for begin, end in zip(edges, edges[1:], strict=False):
+        for begin, end in pairwise(edges):
             if numbers[begin] != number:
                 yield pa.concat_tables(parts)
                 number, parts = number + 1, []

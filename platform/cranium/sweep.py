@@ -38,7 +38,9 @@ class Grid:
         return tuple(work for work in self.works if not Artefact(work.folder).done)
 
 
-def declare(exp: Experiment, machine: Machine, shard_sets: Mapping[str, Artefact], features: Features) -> Grid:
+def declare(
+    exp: Experiment, machine: Machine, shard_sets: Mapping[str, Artefact], features: Features
+) -> Grid:
     """Every cell of the experiment's grid with its identity, the splits, and the leakage gate.
 
     Raises `UserError(LEAKAGE)` when a declared group, a subject or a file is on two sides and not accepted by name.
@@ -53,7 +55,9 @@ def declare(exp: Experiment, machine: Machine, shard_sets: Mapping[str, Artefact
             for seed in exp.sweep.seeds:
                 assigned = adapt.assign_folds(table, scheme, exp.sweep.folds, seed)
                 folds[f"{task.name}/{scheme}/{seed}"] = assigned
-                stamps |= {f"{task.name}, group_by {scheme}: {s}" for s in _gate(exp, task, assigned, shard_sets)}
+                stamps |= {
+                    f"{task.name}, group_by {scheme}: {s}" for s in _gate(exp, task, assigned, shard_sets)
+                }
                 works += _works(exp, machine, task, scheme, seed, assigned, shard_sets, features)
     key = {"works": [work.folder.name for work in works]}
     artefact = store.artefact(machine.store, "sweep", exp.name, key)
@@ -104,18 +108,32 @@ def _works(
                 folder = store.artefact(machine.store, "adapt", cell.name, key).path
                 tags = (("cell", fingerprint(key)[:16]), ("manifest", cohorts[0].shard_set.name))
                 works.append(
-                    adapt.Work(cell, task, exp.adapt.probe, exp.adapt.covariates, cohorts[0], tuple(cohorts[1:]), folder, tags)
+                    adapt.Work(
+                        cell,
+                        task,
+                        exp.adapt.probe,
+                        exp.adapt.covariates,
+                        cohorts[0],
+                        tuple(cohorts[1:]),
+                        folder,
+                        tags,
+                    )
                 )
     return works
 
 
-def _gate(exp: Experiment, task: Classification, folds: Folds, shard_sets: Mapping[str, Artefact]) -> list[str]:
+def _gate(
+    exp: Experiment, task: Classification, folds: Folds, shard_sets: Mapping[str, Artefact]
+) -> list[str]:
     """Leakage between train, test, external and the SSL corpus, by subject, declared group and file content."""
     assert exp.adapt and exp.sweep
     pretrained = set(exp.sweep.init) & set(PRETRAINED_HERE) and exp.pretrain
     corpus = exp.pretrain.cohorts if pretrained and exp.pretrain else ()
     home = _units(shard_sets[task.cohort])
-    fixed = {"ssl": [_units(shard_sets[c]) for c in corpus], "external": [_units(shard_sets[c]) for c in task.external]}
+    fixed = {
+        "ssl": [_units(shard_sets[c]) for c in corpus],
+        "external": [_units(shard_sets[c]) for c in task.external],
+    }
     found: dict[tuple[str, tuple[str, str]], set[str]] = {}
     refused: splits.Leakage | None = None
     for fold in sorted(set(folds.values())):
@@ -123,7 +141,10 @@ def _gate(exp: Experiment, task: Classification, folds: Folds, shard_sets: Mappi
         train = home["subject_id"].map(lambda s, k=fold: s in folds and folds[s] != k)
         sides = {"train": [home[train]], "test": [home[test]], **fixed}
         units = {
-            unit: {side: {v for t in tables if unit in t for vs in t[unit] for v in vs} for side, tables in sides.items()}
+            unit: {
+                side: {v for t in tables if unit in t for vs in t[unit] for v in vs}
+                for side, tables in sides.items()
+            }
             for unit in sorted({c for tables in sides.values() for t in tables for c in t} - {"subject_id"})
         }
         try:
@@ -170,9 +191,13 @@ def sweep(grid: Grid, exp: Experiment, progress: Progress | None = None) -> tupl
         failures = _run(grid, missing, exp, progress)
         if failures:
             shown = "; ".join(f"{name}: {reason}" for name, reason in sorted(failures.items())[:3])
-            raise UserError("CELLS_FAILED", f"{len(failures)} of {len(missing)} cells failed: {shown}", exit_code=1)
+            raise UserError(
+                "CELLS_FAILED", f"{len(failures)} of {len(missing)} cells failed: {shown}", exit_code=1
+            )
     if missing or not grid.artefact.done:
-        store.write_atomic(grid.artefact.path / "splits.json", json.dumps(grid.folds, indent=1, sort_keys=True))
+        store.write_atomic(
+            grid.artefact.path / "splits.json", json.dumps(grid.folds, indent=1, sort_keys=True)
+        )
         store.commit(
             grid.artefact.path,
             {
@@ -185,7 +210,9 @@ def sweep(grid: Grid, exp: Experiment, progress: Progress | None = None) -> tupl
     return grid.artefact, len(missing)
 
 
-def _run(grid: Grid, missing: tuple[adapt.Work, ...], exp: Experiment, progress: Progress | None) -> dict[str, str]:
+def _run(
+    grid: Grid, missing: tuple[adapt.Work, ...], exp: Experiment, progress: Progress | None
+) -> dict[str, str]:
     from ray import tune
 
     assert exp.sweep
@@ -231,4 +258,3 @@ def _trial(config: dict[str, Any], works: tuple[adapt.Work, ...], folds: Mapping
     cell = work.cell
     scores = adapt.run_cell(work, folds[f"{cell.task}/{cell.scheme}/{cell.seed}"])
     tune.report({name: value for name, value in scores.items() if value is not None})
-

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
@@ -37,6 +38,8 @@ def test_charts_are_well_formed_themed_and_named() -> None:
         root = ET.fromstring(svg.replace("xlink:href", "href"))
         assert root.get("role") == "img" and root.get("aria-label")
         assert "width" not in root.attrib  # the page decides
+        ids = re.findall(r' id="([^"]+)"', svg)
+        assert len(ids) == len(set(ids)) and set(re.findall(r"url\(#([^)]+)\)", svg)) <= set(ids)
         assert "currentColor" in svg and style.INK not in svg and "<metadata" not in svg
         assert "DejaVu Sans" not in svg and "var(--sans)" in svg
 

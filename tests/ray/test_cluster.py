@@ -61,7 +61,9 @@ def test_the_terminal_is_ours_and_the_noise_is_in_the_log(tmp_path: Path) -> Non
     script = tmp_path / "noisy.py"
     script.write_text(NOISY)
     log = tmp_path / "logs" / "noise.log"
-    environment = {k: v for k, v in os.environ.items() if k not in ("RAY_TMPDIR", "RAY_ADDRESS")}
+    environment = {
+        k: v for k, v in os.environ.items() if k not in ("RAY_TMPDIR", "RAY_ADDRESS", "RAY_AUTH_MODE")
+    }
     environment["PYTHONPATH"] = str(Path(cluster.__file__).parents[1])
     run = subprocess.run(
         [sys.executable, str(script), str(log)], env=environment, capture_output=True, text=True, timeout=240

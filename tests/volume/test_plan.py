@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -49,7 +50,7 @@ def test_a_step_keeps_rows_of_a_session_few_and_apart():
         for key, count in Counter(key for key, _ in batch).items():
             assert count <= ORDER.max_rows_per_session
             positions = sorted(p for k, p in batch if k == key)
-            assert all(b - a >= ORDER.min_slice_gap for a, b in zip(positions, positions[1:], strict=False))
+            assert all(b - a >= ORDER.min_slice_gap for a, b in pairwise(positions))
 
 
 def test_same_seed_same_order_and_other_epoch_another():

@@ -61,7 +61,7 @@ def bars(marks: Sequence[Mark], title: str) -> str:
                 1.02, row, _value(mark), transform=axes.get_yaxis_transform(), va="center", fontsize=8.5
             )
         axes.axvline(CHANCE, color=style.INK, lw=0.9, ls=(0, (3, 3)))
-        axes.text(CHANCE, -0.72, " chance", ha="left", va="center", fontsize=8, color=style.INK)
+        axes.text(CHANCE, -0.72, "\u00a0chance", ha="left", va="center", fontsize=8, color=style.INK)
         axes.set(xlim=(low, high), ylim=(len(marks) - 0.4, -0.95), xlabel="AUROC")
         axes.set_yticks(range(len(marks)), [mark.name for mark in marks])
         axes.grid(axis="y", visible=False)
@@ -174,7 +174,7 @@ def presence(
                 range(len(numbers)), numbers, height=0.6, color=style.colour("scratch"), alpha=0.5, lw=0
             )
             for row, number in enumerate(numbers):
-                panel.text(number, row, f" {number}", va="center", fontsize=8.5)
+                panel.text(number, row, f"\u00a0{number}", va="center", fontsize=8.5)
             panel.set_title(cohort, fontsize=8.5)
             panel.set_xlim(0, max([*numbers, 1]) * 1.3)
             panel.set_xticks([])
@@ -220,7 +220,7 @@ def durations(seconds: Mapping[str, float], title: str) -> str:
             lw=0,
         )
         for row, value in enumerate(seconds.values()):
-            axes.text(value, row, "  " + clock(value), va="center", fontsize=8.5)
+            axes.text(value, row, "\u00a0" + clock(value), va="center", fontsize=8.5)
         axes.set_yticks(range(len(seconds)), list(seconds))
         axes.set_xticks([])
         axes.set(xlim=(0, max([*seconds.values(), 1e-9]) * 1.25), ylim=(len(seconds) - 0.4, -0.6))

@@ -110,7 +110,15 @@ def to_svg(made: Figure, title: str) -> str:
     text = text.replace("'DejaVu Sans'", "var(--sans)")
     for stand_in, value in _CSS.items():
         text = text.replace(stand_in, value)
-    return text
+    return _own_ids(text, hashlib.sha256(title.encode()).hexdigest()[:8])
+
+
+def _own_ids(text: str, prefix: str) -> str:
+    """Ids numbered in order and unique on the page; matplotlib hashes the last bit of floats into its own."""
+    used = dict.fromkeys(re.findall(r'(?:url\(|href=")#([^)"]+)', text))
+    new = {old: f"f{prefix}-{number}" for number, old in enumerate(used)}
+    text = re.sub(r' id="([^"]+)"', lambda found: f' id="{new[found[1]]}"' if found[1] in new else "", text)
+    return re.sub(r'(url\(|href=")#([^)"]+)', lambda found: f"{found[1]}#{new[found[2]]}", text)
 
 
 def _quoted(text: str) -> str:

@@ -98,18 +98,19 @@ def epoch(sessions: Sequence[Session], order: Order, number: int) -> Epoch:
         for start in range(0, int(counts[index]), rows):
             take = min(rows, int(counts[index]) - start)
             visits[lane].append(Visit(int(index), rng.permutation(rows)[:take]))
-    for lane in visits:
-        rng.shuffle(lane)  # type: ignore[arg-type]
+    shuffled = [[lane[i] for i in rng.permutation(len(lane))] for lane in visits]
     steps = int(filled.min()) // order.rows_per_lane
     if steps == 0:
         raise ValueError(
             f"{int(filled.sum())} rows in {len(sessions)} sessions do not fill one step of {order.lanes} lanes x "
             f"{order.rows_per_lane} rows; lower batch_size or stream.lanes"
         )
-    return Epoch(tuple(tuple(lane) for lane in visits), steps)
+    return Epoch(tuple(tuple(lane) for lane in shuffled), steps)
 
 
-def _rows_per_session(sessions: Sequence[Session], weights: Mapping[str, float], rng: np.random.Generator) -> np.ndarray:
+def _rows_per_session(
+    sessions: Sequence[Session], weights: Mapping[str, float], rng: np.random.Generator
+) -> np.ndarray:
     rows = np.array([session.rows for session in sessions], np.int64)
     if not weights:
         return rows
@@ -130,7 +131,9 @@ def _rows_per_session(sessions: Sequence[Session], weights: Mapping[str, float],
     return counts
 
 
-def lane_steps(visits: Sequence[Visit], steps: int, order: Order, number: int, lane: int) -> Iterator[LaneStep]:
+def lane_steps(
+    visits: Sequence[Visit], steps: int, order: Order, number: int, lane: int
+) -> Iterator[LaneStep]:
     """The steps of one lane of epoch `number`: what to open, which rows to take, what is spent.
 
     A row is drawn uniformly from the rows left in the window, so open visits drain evenly and are mixed to the end.
@@ -168,7 +171,9 @@ def _pick(
 ) -> int:
     def allowed(visit: int) -> bool:
         near = taken.get(visits[visit].session, [])
-        return len(near) < order.max_rows_per_session and any(_apart(p, near, order.min_slice_gap) for p in left[visit])
+        return len(near) < order.max_rows_per_session and any(
+            _apart(p, near, order.min_slice_gap) for p in left[visit]
+        )
 
     candidates = [visit for visit in left if allowed(visit)] or list(left)
     weights = np.cumsum([len(left[visit]) for visit in candidates])
