@@ -303,10 +303,10 @@ def make_subject(subject: Subject, seed: int, head_file: Path, root: Path) -> di
     head, widening = _load_head(head_file)
     draw = functools.partial(draws, seed, subject.cohort, subject.name)
     rng = draw("condition")
-    widen = float(rng.normal(3.0, 1.3) if subject.condition == "atrophy" else rng.normal(0.3, 0.8))
+    widen = float(rng.normal(2.2, 1.1) if subject.condition == "atrophy" else rng.normal(0.3, 0.8))
     load = float(np.exp(rng.normal(np.log(0.8), 0.9))) * float(rng.random() < 0.7)
     if subject.condition == "lesion":
-        load = float(np.exp(rng.normal(np.log(14.0), 0.5)))
+        load = float(np.exp(rng.normal(np.log(10.0), 0.5)))
     rng = draw("shape")
     coarse = 2 * head.spacing
     knots = tuple(slice(None, None, 2) for _ in range(3))

@@ -39,7 +39,8 @@ class ReportInputs:
     folder that holds its journal. cells: `<store>/adapt/<name>-<hash>/`. source: the sentence under every figure.
     stamps: what a reader must know before any number. notes: what could not be had. seconds: where the time went,
     by stage. runs: title -> MLflow run id; cell_runs: name of a cell's folder -> its own. mlflow_ui:
-    address of the MLflow pages for links (http or https), mlflow_experiment its experiment id; without both, ids are plain text.
+    address of the MLflow pages for links (http or https), mlflow_experiment its experiment id; without both, ids
+    are plain text.
     """
 
     cohorts: Sequence[Path]
