@@ -612,7 +612,9 @@ def _track_sweep(study: Study, grid: Grid, fresh: bool) -> None:
                 "git": git,
                 **dict(work.tags),
             }
-            scores = {k: v for k, v in store.read_manifest(work.folder)["metrics"].items() if v is not None}
+            manifest = store.read_manifest(work.folder)
+            scores = {k: v for k, v in manifest["metrics"].items() if v is not None}
+            scores |= {k: float(manifest["counts"][k]) for k in ("n_train", "n_test")}
             key = Artefact(work.folder).id
             ids[work.folder.name] = tracker.record(
                 key, work.cell.name, parent, tags, track.flatten(cell), scores

@@ -41,6 +41,8 @@ METRICS: Mapping[str, str] = {
     "train/ibot": "iBOT loss on masked patches",
     "train/koleo": "KoLeo: spread of the CLS features",
     "train/target_entropy": "entropy of the teacher's targets, nats; 0 is collapse",
+    "train/prototypes_used": "share of the prototypes that are some target's largest",
+    "train/feature_std": "of the unit CLS features; 0 is collapse",
     "train/lr": "learning rate of the last block",
     "train/momentum": "of the teacher",
     "train/grad_norm": "of the backbone, before clipping",
@@ -50,6 +52,11 @@ METRICS: Mapping[str, str] = {
     "test/auroc": "area under the ROC curve, macro one-vs-rest, test fold; external/<cohort>/... likewise",
     "test/aupr": "area under the precision-recall curve, test fold",
     "test/balanced_accuracy": "mean recall of the classes, test fold",
+    "test/brier": "mean squared error of the probabilities, test fold",
+    "test/ece": "expected calibration error, 15 bins, test fold",
+    "n_train": "labelled training subjects of a cell",
+    "n_test": "test subjects of a cell",
+    "cells": "cells of a sweep",
 }
 
 
