@@ -317,7 +317,7 @@ def test_trees_are_whole_and_left_alone_when_done(
     spec = config.Demo(source="template", subjects_per_cell=1, ssl_subjects_per_head=2, sites=1)
     first = demo.make(spec, tmp_path / "bids", tmp_path / "cache")
     assert first.fresh and dict(first.cohorts) == {"demo_ssl": 2, "demo": 9}
-    assert first.stamp == "simulated from 1 source volumes (0 persons, 1 templates)"
+    assert first.stamp == "simulated from 1 source volume (0 persons, 1 template)"
     assert "demo_external" in dict(first.missing)
     assert {p.name for p in (tmp_path / "bids").iterdir()} == {"demo", "demo_ssl"}
     root = tmp_path / "bids" / "demo"

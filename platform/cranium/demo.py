@@ -467,7 +467,9 @@ def stamp(sources: Iterable[Source]) -> str:
     """What every figure of the demo must say."""
     persons = [s.person for s in sources]
     k, m = sum(persons), len(persons) - sum(persons)
-    return f"simulated from {k + m} source volumes ({k} persons, {m} templates)"
+    counts = ((k + m, "source volume"), (k, "person"), (m, "template"))
+    whole, persons, templates = (f"{n} {word}{'' if n == 1 else 's'}" for n, word in counts)
+    return f"simulated from {whole} ({persons}, {templates})"
 
 
 def _head_key(source: Source, paths: Mapping[Member, Path], spec: config.Demo) -> str:

@@ -373,11 +373,20 @@ def run(study: Study) -> None:
         if study.exp.demo is not None:
             demo(study)
         sets = ingest(study)
+        _gate(study, sets)
         pretrained = pretrain(study, sets)
         if study.exp.sweep is not None:
             features = embed(study, sets, pretrained)
             grid = sweep(study, sets, features)
             report(study, sets, pretrained, grid)
+
+
+def _gate(study: Study, sets: Mapping[str, Artefact]) -> None:
+    """Refuse leakage before hours are spent on training."""
+    from cranium import sweep as stage
+
+    if study.exp.sweep is not None:
+        stage.assign(_what_there_is(study, sets), sets)
 
 
 # ---- what there is --------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,30 +38,44 @@ class Grid:
         return tuple(work for work in self.works if not Artefact(work.folder).done)
 
 
-def declare(
-    exp: Experiment, machine: Machine, shard_sets: Mapping[str, Artefact], features: Features
-) -> Grid:
-    """Every cell of the experiment's grid with its identity, the splits, and the leakage gate.
+def assign(exp: Experiment, shard_sets: Mapping[str, Artefact]) -> tuple[dict[str, Folds], tuple[str, ...]]:
+    """The splits of every task, and what the leakage gate let pass by name.
 
-    Raises `UserError(LEAKAGE)` when a declared group, a subject or a file is on two sides and not accepted by name.
+    Needs shard sets only, so it is asked before anything is trained. Raises `UserError(LEAKAGE)` when a declared
+    group, a subject, a file or a declared overlap is on two sides and not accepted by name.
     """
     assert exp.sweep and exp.adapt
     folds: dict[str, Folds] = {}
-    stamps: set[str] = set()
-    works: list[adapt.Work] = []
+    accepted: dict[str, set[str]] = {}  # what is shared, under which grouping -> tasks
     for task in exp.adapt.tasks:
         table = adapt.subjects(shard_sets[task.cohort].path, task)
         for scheme in exp.sweep.group_by:
             for seed in exp.sweep.seeds:
                 assigned = adapt.assign_folds(table, scheme, exp.sweep.folds, seed)
                 folds[f"{task.name}/{scheme}/{seed}"] = assigned
-                stamps |= {
-                    f"{task.name}, group_by {scheme}: {s}" for s in _gate(exp, task, assigned, shard_sets)
-                }
-                works += _works(exp, machine, task, scheme, seed, assigned, shard_sets, features)
+                for overlap in _gate(exp, task, assigned, shard_sets):
+                    accepted.setdefault(f"folds grouped by {scheme}: {overlap}", set()).add(task.name)
+    stamps = (f"{', '.join(sorted(tasks))}, {what}" for what, tasks in accepted.items())
+    return folds, tuple(sorted(stamps))
+
+
+def declare(
+    exp: Experiment, machine: Machine, shard_sets: Mapping[str, Artefact], features: Features
+) -> Grid:
+    """Every cell of the experiment's grid with its identity; the splits and the leakage gate are `assign`'s."""
+    assert exp.sweep and exp.adapt
+    folds, stamps = assign(exp, shard_sets)
+    works = [
+        work
+        for task in exp.adapt.tasks
+        for scheme in exp.sweep.group_by
+        for seed in exp.sweep.seeds
+        for work in _works(
+            exp, machine, task, scheme, seed, folds[f"{task.name}/{scheme}/{seed}"], shard_sets, features
+        )
+    ]
     key = {"works": [work.folder.name for work in works]}
-    artefact = store.artefact(machine.store, "sweep", exp.name, key)
-    return Grid(artefact, tuple(works), folds, tuple(sorted(stamps)))
+    return Grid(store.artefact(machine.store, "sweep", exp.name, key), tuple(works), folds, stamps)
 
 
 def _works(
@@ -134,8 +148,8 @@ def _gate(
         "ssl": [_units(shard_sets[c]) for c in corpus],
         "external": [_units(shard_sets[c]) for c in task.external],
     }
+    declared = _declared({"test": [task.cohort], "ssl": corpus, "external": task.external}, shard_sets)
     found: dict[tuple[str, tuple[str, str]], set[str]] = {}
-    refused: splits.Leakage | None = None
     for fold in sorted(set(folds.values())):
         test = home["subject_id"].map(lambda s, k=fold: folds.get(s) == k)
         train = home["subject_id"].map(lambda s, k=fold: s in folds and folds[s] != k)
@@ -147,21 +161,30 @@ def _gate(
             }
             for unit in sorted({c for tables in sides.values() for t in tables for c in t} - {"subject_id"})
         }
+        units["overlap"] = declared
         try:
             overlaps = splits.check_leakage(units, exp.adapt.accept_leakage)
         except splits.Leakage as leakage:
-            refused = leakage
-            break
+            raise UserError(
+                "LEAKAGE", f"task {task.name}: {str(leakage).removeprefix('LEAKAGE: ')}"
+            ) from None
         except ValueError as error:
             raise UserError("CONFIG", f"adapt.accept_leakage: {error}") from None
         for overlap in overlaps:
             found.setdefault((overlap.unit, overlap.splits), set()).update(overlap.ids)
-    if refused:
-        raise UserError("LEAKAGE", f"task {task.name}: {str(refused).removeprefix('LEAKAGE: ')}")
     return [
         f"{len(ids)} {unit}(s) shared between {first} and {second} ({', '.join(sorted(ids)[:6])})"
         for (unit, (first, second)), ids in sorted(found.items())
     ]
+
+
+def _declared(sides: Mapping[str, Iterable[str]], shard_sets: Mapping[str, Artefact]) -> dict[str, set[str]]:
+    """side -> the pairs of collections on it that a card's `overlaps:` declares to share people."""
+    cards = {c: shard_sets[c].manifest()["card"] for cohorts in sides.values() for c in cohorts}
+    pairs = {frozenset((c, overlap["cohort"])) for c, card in cards.items() for overlap in card["overlaps"]}
+    return {
+        side: {" and ".join(sorted(p)) for p in pairs if p & set(cohorts)} for side, cohorts in sides.items()
+    }
 
 
 def _units(shard_set: Artefact) -> pd.DataFrame:

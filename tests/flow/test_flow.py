@@ -21,6 +21,7 @@ import phantoms
 from cranium import track
 
 pytestmark = pytest.mark.flow
+PAIRS = ("external+ssl", "external+test", "external+train", "ssl+test", "test+train")
 EXPERIMENT = {
     "name": "tiny",
     "asks": "does the path hold?",
@@ -45,7 +46,8 @@ EXPERIMENT = {
                 "classes": ["control", "lesion"],
                 "external": ["away"],
             }
-        ]
+        ],
+        "accept_leakage": [f"head:{pair}" for pair in PAIRS],  # phantoms share their three heads
     },
     "sweep": {"init": ["random", "scratch", "covariates"], "label_fractions": [0.5, 1.0], "folds": 3},
 }
@@ -68,7 +70,7 @@ def trees(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three phantom cohorts; one scan of `home` is cut short."""
     root = tmp_path_factory.mktemp("trees")
     for seed, (name, count) in enumerate({"ssl": 8, "home": 18, "away": 6}.items()):
-        phantoms.bids_tree(root / name, name, num_subjects=count, seed=seed)
+        phantoms.bids_tree(root, name, num_subjects=count, seed=seed)
     scan = sorted((root / "home").glob("sub-*/anat/*_FLAIR.nii.gz"))[0]
     scan.write_bytes(scan.read_bytes()[:-500])
     return root
@@ -107,6 +109,14 @@ def test_a_damaged_scan_costs_itself_only(done: Path) -> None:
     assert len(manifests(done, "adapt")) == 3 * 2 * 3
     page = next((done / "store" / "report").glob("*/report.html")).read_text()
     assert "GZ_TRUNCATED" in page and "<script" not in page
+
+
+def test_leakage_is_refused_before_anything_is_trained(trees: Path) -> None:
+    folder = study(trees, "leaky")
+    refused = cranium(folder, "run", "adapt.accept_leakage=[]")
+    assert refused.returncode == 2
+    assert "error LEAKAGE" in refused.stderr and "Traceback" not in refused.stderr
+    assert not (folder / "store" / "pretrain").exists()
 
 
 def test_mlflow_holds_a_parent_and_a_run_per_cell(done: Path) -> None:
