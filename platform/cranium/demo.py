@@ -468,8 +468,8 @@ def stamp(sources: Iterable[Source]) -> str:
     persons = [s.person for s in sources]
     k, m = sum(persons), len(persons) - sum(persons)
     counts = ((k + m, "source volume"), (k, "person"), (m, "template"))
-    whole, persons, templates = (f"{n} {word}{'' if n == 1 else 's'}" for n, word in counts)
-    return f"simulated from {whole} ({persons}, {templates})"
+    volumes, people, averages = (f"{n} {word}{'' if n == 1 else 's'}" for n, word in counts)
+    return f"simulated from {volumes} ({people}, {averages})"
 
 
 def _head_key(source: Source, paths: Mapping[Member, Path], spec: config.Demo) -> str:

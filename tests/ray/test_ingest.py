@@ -3,10 +3,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
-import multiprocessing
 import os
 import shutil
-import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -256,25 +256,30 @@ def _fill(row: dict[str, Any], job: Any) -> dict[str, Any]:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
+HOLD = """
+import signal, sys
+from pathlib import Path
+from cranium import store
+folder = Path(sys.argv[1])
+with store.lock(folder, sys.argv[2]):
+    (folder / "held").touch()
+    signal.pause()
+"""
+
+
 def test_one_writer_at_a_time(ray_cluster: Any, raw: Path, made: Artefact, machine: Machine) -> None:
-    holder = multiprocessing.get_context("spawn").Process(target=_hold, args=(machine.store, made.id))
-    holder.start()
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(machine.store), made.id])
     try:
         while not (machine.store / "held").exists():
+            assert holder.poll() is None, "the other process could not take the lock"
             time.sleep(0.05)
         with pytest.raises(UserError) as error:
             ingest.ingest(CARD, raw, SPEC, machine)
         assert error.value.code == "BUSY"
     finally:
         holder.kill()
-        holder.join()
+        holder.wait()
     assert ingest.ingest(CARD, raw, SPEC, machine).manifest() == made.manifest()  # its lock died with it
-
-
-def _hold(folder: Path, name: str) -> None:
-    with store.lock(folder, name):
-        (folder / "held").touch()
-        signal.pause()
 
 
 @pytest.mark.parametrize("after", ["session", "shard"])
