@@ -204,13 +204,13 @@ def ingested(study: Study, cohorts: tuple[str, ...]) -> dict[str, Artefact]:
 
 def pretrain(study: Study, sets: Mapping[str, Artefact] | None = None) -> dict[str, Artefact]:
     """Every pretraining of the experiment, by the initialisation it makes."""
-    from cranium import pretrain as stage
-
     spec = study.exp.pretrain
     if spec is None:
         return {}
     sets = ingested(study, spec.cohorts) if sets is None else sets
     corpus = [_had(sets, study, cohort) for cohort in spec.cohorts]
+    from cranium import pretrain as stage  # after what may be refused: torch takes seconds
+
     results: dict[str, Artefact] = {}
     for init in spec.inits:
         name = f"pretrain {init}"

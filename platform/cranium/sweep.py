@@ -46,7 +46,7 @@ def assign(exp: Experiment, shard_sets: Mapping[str, Artefact]) -> tuple[dict[st
     """
     assert exp.sweep and exp.adapt
     folds: dict[str, Folds] = {}
-    accepted: dict[str, set[str]] = {}  # what is shared, under which grouping -> tasks
+    accepted: dict[str, tuple[set[str], set[str]]] = {}  # what is shared -> tasks and groupings of folds
     for task in exp.adapt.tasks:
         table = adapt.subjects(shard_sets[task.cohort].path, task)
         for scheme in exp.sweep.group_by:
@@ -54,8 +54,13 @@ def assign(exp: Experiment, shard_sets: Mapping[str, Artefact]) -> tuple[dict[st
                 assigned = adapt.assign_folds(table, scheme, exp.sweep.folds, seed)
                 folds[f"{task.name}/{scheme}/{seed}"] = assigned
                 for overlap in _gate(exp, task, assigned, shard_sets):
-                    accepted.setdefault(f"folds grouped by {scheme}: {overlap}", set()).add(task.name)
-    stamps = (f"{', '.join(sorted(tasks))}, {what}" for what, tasks in accepted.items())
+                    tasks, schemes = accepted.setdefault(overlap, (set(), set()))
+                    tasks.add(task.name)
+                    schemes.add(scheme)
+    stamps = (
+        f"{what}: {', '.join(sorted(tasks))}, folds grouped by {' and by '.join(sorted(schemes))}"
+        for what, (tasks, schemes) in accepted.items()
+    )
     return folds, tuple(sorted(stamps))
 
 
@@ -172,10 +177,15 @@ def _gate(
             raise UserError("CONFIG", f"adapt.accept_leakage: {error}") from None
         for overlap in overlaps:
             found.setdefault((overlap.unit, overlap.splits), set()).update(overlap.ids)
-    return [
-        f"{len(ids)} {unit}(s) shared between {first} and {second} ({', '.join(sorted(ids)[:6])})"
-        for (unit, (first, second)), ids in sorted(found.items())
-    ]
+    return [_in_words(unit, sides, sorted(ids)) for (unit, sides), ids in sorted(found.items())]
+
+
+def _in_words(unit: str, sides: tuple[str, str], ids: list[str]) -> str:
+    first, second = ("SSL corpus" if side == "ssl" else side for side in sides)
+    shown = ", ".join(ids[:6]) + (f" and {len(ids) - 6} more" if len(ids) > 6 else "")
+    if unit == "overlap":
+        return f"{first} and {second} hold collections that are declared to overlap ({shown})"
+    return f"{len(ids)} {unit}{'' if len(ids) == 1 else 's'} shared between {first} and {second} ({shown})"
 
 
 def _declared(sides: Mapping[str, Iterable[str]], shard_sets: Mapping[str, Artefact]) -> dict[str, set[str]]:

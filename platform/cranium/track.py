@@ -159,7 +159,11 @@ class Tracker:
             found = self._client.get_experiment_by_name(name)
             if found is None:
                 return str(
-                    self._client.create_experiment(name, artifact_location=_artefact_location(self.uri))
+                    self._client.create_experiment(
+                        name,
+                        artifact_location=_artefact_location(self.uri),
+                        tags={"mlflow.experimentKind": "custom_model_development"},  # opens as training runs
+                    )
                 )
         if found.lifecycle_stage == "deleted":
             self._client.restore_experiment(found.experiment_id)

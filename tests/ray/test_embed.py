@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from cranium import checkpoint, embed
+from cranium.config import Experiment, Machine
+from cranium.store import Artefact
+from cranium.volume import shard
+from shards import shard_set
+
+pytestmark = pytest.mark.ray
+EXPERIMENT = Experiment.model_validate(
+    {
+        "name": "tiny",
+        "ingest": {"cohorts": ["tiny"], "size": 28},
+        "stream": {"lanes": 8},
+        "pretrain": {"cohorts": ["tiny"], "inits": ["scratch"], "arch": "vit_tiny_patch14"},
+        "embed": {"batch_size": 7, "compute": {"num_workers": 2}},
+    }
+)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Artefact:
+    return shard_set(tmp_path_factory.mktemp("shards"))
+
+
+@pytest.fixture(scope="module")
+def features(ray_cluster: object, shards: Artefact, tmp_path_factory: pytest.TempPathFactory) -> Artefact:
+    machine = Machine(store=tmp_path_factory.mktemp("features"))
+    return embed.embed(EXPERIMENT, machine, "random", shards)
+
+
+def test_features_are_the_backbones_in_the_order_of_the_rows(shards: Artefact, features: Artefact):
+    columns, values = embed.read(features.path)
+    assert values.shape == (240, 2 * 192) and values.dtype == np.float32
+    backbone, _ = checkpoint.load_backbone("random", arch="vit_tiny_patch14", in_channels=3, image_size=28)
+    row = 0
+    for entry in shards.manifest()["shards"]:
+        for index, group in enumerate(entry["row_groups"]):
+            table = shard.read_row_group(shards.path / entry["file"], index)
+            stacks = torch.from_numpy(np.array(shard.pixels(table)))
+            with torch.inference_mode():
+                tokens = backbone(stacks.flatten(1, 2).float() / 255)
+            expected = torch.cat([tokens.cls, tokens.patches.mean(1)], 1).numpy()
+            part = slice(row, row + group["rows"])
+            np.testing.assert_allclose(values[part], expected, atol=1e-4)
+            assert set(columns["subject"][part]) == {group["subject"]}
+            assert columns["slice"][part].tolist() == list(range(group["rows"]))
+            row += group["rows"]
+    assert row == 240
+
+
+def test_done_features_are_not_made_again(shards: Artefact, features: Artefact):
+    before = (features.path / embed.FEATURES).stat().st_mtime_ns
+    again = embed.embed(EXPERIMENT, Machine(store=features.path.parents[1]), "random", shards)
+    assert again == features and (features.path / embed.FEATURES).stat().st_mtime_ns == before
+
+
+def test_identity_follows_shards_weights_and_seed(shards: Artefact, tmp_path: Path):
+    machine = Machine(store=tmp_path)
+    base = embed.artefact(EXPERIMENT, machine, "random", shards, None)
+    other = EXPERIMENT.model_copy(update={"embed": EXPERIMENT.embed.model_copy(update={"seed": 1})})
+    assert embed.artefact(other, machine, "random", shards, None) != base
+    more = shard_set(tmp_path / "more", seed=1)
+    assert embed.artefact(EXPERIMENT, machine, "random", more, None) != base
+    runs = {
+        embed.artefact(EXPERIMENT, machine, "scratch", shards, Artefact(tmp_path / n)) for n in ("a", "b")
+    }
+    assert len(runs) == 2
+
+
+def test_a_damaged_row_makes_no_features(ray_cluster: object, tmp_path: Path):
+    damaged = shard_set(tmp_path, "damaged")
+    path = damaged.path / "shards" / "2.parquet"
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    path.write_bytes(raw)
+    machine = Machine(store=tmp_path)
+    with pytest.raises(Exception, match="CRC"):
+        embed.embed(EXPERIMENT, machine, "random", damaged)
+    assert not embed.artefact(EXPERIMENT, machine, "random", damaged, None).done
+    assert pq.ParquetFile(path).metadata.num_rows > 0  # Parquet itself saw nothing
