@@ -77,21 +77,30 @@ def load_backbone(
     backbone.eval()
     if init == "random":
         return backbone, Source(init, f"random (seed {seed})", arch)
-    if init in PRETRAINED_HERE or init.startswith("run:"):
-        if pretrained is None:
-            raise UserError(
-                "NO_WEIGHTS", f"init {init} needs a pretraining run; run `cranium pretrain` first"
-            )
-        path, name, licence = pretrained.path / BACKBONE, pretrained.id, None
-    elif init == "dinov2" and weights_file is not None:
-        path, name, licence = weights_file, weights_file.name, "Apache-2.0"
-    else:
-        path, name, licence = _from_hub(init, arch)
+    path, name, licence = locate(init, arch, weights_file, pretrained)
     try:
         report = weights.load_into(backbone, read_tensors(path))
     except ValueError as error:
         raise UserError("WEIGHTS_MISFIT", f"{path}: {error}") from None
     return backbone, Source(init, name, arch, sha256(path), licence, str(report))
+
+
+def locate(
+    init: str, arch: str, weights_file: Path | None = None, pretrained: Artefact | None = None
+) -> tuple[Path, str, str | None]:
+    """File, name and licence of the weights an initialisation starts from, downloaded if need be.
+
+    `arch` is that of the initialisation (see `architecture`). Raises `UserError(NO_WEIGHTS)`.
+    """
+    if init in PRETRAINED_HERE or init.startswith("run:"):
+        if pretrained is None:
+            raise UserError(
+                "NO_WEIGHTS", f"init {init} needs a pretraining run; run `cranium pretrain` first"
+            )
+        return pretrained.path / BACKBONE, pretrained.id, None
+    if init == "dinov2" and weights_file is not None:
+        return weights_file, weights_file.name, "Apache-2.0"
+    return _from_hub(init, arch)
 
 
 def _from_hub(init: str, arch: str) -> tuple[Path, str, str]:

@@ -219,7 +219,7 @@ def pretrain(study: Study, sets: Mapping[str, Artefact] | None = None) -> dict[s
         fresh = not made.done
         if fresh:
             _write_resolved(study, made)
-            with study.stage(name) as tell, cluster.connect(study.machine), _without(study, init):
+            with _without(study, init), study.stage(name) as tell, cluster.connect(study.machine):
                 stage.pretrain(study.exp, study.machine, init, corpus, _live(study, init, made, tell))
         else:
             study.skipped(name)
@@ -245,14 +245,14 @@ def embed(
     for init in exp.sweep.init:
         if init == "covariates" or init in study.missing:
             continue
-        for cohort in (c for c in cohorts if c in sets):
+        for cohort in (c for c in cohorts if c in sets and init not in study.missing):
             name = f"embed {init} {cohort}"
             weights = pretrained.get(init)
             made = stage.artefact(exp, study.machine, init, sets[cohort], weights)
             if made.done:
                 study.skipped(name)
             else:
-                with study.stage(name) as tell, cluster.connect(study.machine), _without(study, init):
+                with _without(study, init), study.stage(name) as tell, cluster.connect(study.machine):
                     stage.embed(exp, study.machine, init, sets[cohort], weights, tell)
             if made.done:
                 features[init, cohort] = made

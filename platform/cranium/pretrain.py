@@ -68,6 +68,8 @@ def pretrain(
         return made
     started = time.monotonic()
     corpus = stream.corpus(shard_sets)
+    if PRETRAINED_HERE[init] != "random":  # asked here once, not by every worker and attempt
+        checkpoint.locate(PRETRAINED_HERE[init], exp.arch, machine.weights)
     spec = {
         "experiment": exp.model_dump(mode="json"),
         "init": init,
