@@ -446,7 +446,7 @@ def _embedded(study: Study, sets: Mapping[str, Artefact]) -> Features:
 
 
 def _what_there_is(study: Study, sets: Mapping[str, Artefact]) -> Experiment:
-    """The experiment without initialisations and external cohorts that could not be had."""
+    """The experiment without initialisations, external cohorts and groupings that could not be had."""
     exp = study.exp
     assert exp.sweep and exp.adapt
     inits = tuple(init for init in exp.sweep.init if init not in study.missing)
@@ -457,10 +457,27 @@ def _what_there_is(study: Study, sets: Mapping[str, Artefact]) -> Experiment:
         tasks.append(task.model_copy(update={"external": external}))
     return exp.model_copy(
         update={
-            "sweep": exp.sweep.model_copy(update={"init": inits}),
+            "sweep": exp.sweep.model_copy(update={"init": inits, "group_by": _groupings(study, sets)}),
             "adapt": exp.adapt.model_copy(update={"tasks": tuple(tasks)}),
         }
     )
+
+
+def _groupings(study: Study, sets: Mapping[str, Artefact]) -> tuple[str, ...]:
+    """What folds can be grouped by: leaving one group out needs two of them in every task's cohort."""
+    import pandas as pd
+
+    assert study.exp.sweep and study.exp.adapt
+    possible = []
+    for scheme in study.exp.sweep.group_by:
+        for cohort in sorted({task.cohort for task in study.exp.adapt.tasks}):
+            table = pd.read_parquet(sets[cohort].path / "sessions.parquet")
+            if scheme in table and table[scheme].nunique() < 2:
+                study.missing[f"folds that leave one {scheme} out"] = f"cohort {cohort} has only one {scheme}"
+                break
+        else:
+            possible.append(scheme)
+    return tuple(possible)
 
 
 def _write_resolved(study: Study, made: Artefact) -> None:

@@ -23,7 +23,10 @@ from cranium.dinov2.centering import sinkhorn
 def two_workers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What two processes, each with every other row of the batch, make of it under DDP."""
     folder, here = tmp_path_factory.mktemp("workers"), Path(__file__).parent
-    environment = os.environ | {"PYTHONPATH": str(here.parents[1] / "platform"), "OMP_NUM_THREADS": "1"}
+    paths = os.pathsep.join(
+        [str(here.parents[1] / "platform"), str(here)]
+    )  # a safe path leaves the script's folder out
+    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     arguments = ["2", str(folder / "meet"), str(folder / "out.pt")]
     processes = [
         subprocess.Popen([sys.executable, str(here / "worker.py"), str(rank), *arguments], env=environment)
