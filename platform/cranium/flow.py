@@ -96,7 +96,10 @@ def _bar(console: Console, name: str) -> Iterator[Tell]:
         return
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     ends = (TextColumn("ETA"), TimeRemainingColumn(), TextColumn("[dim]{task.fields[text]}"))
-    with Progress(*columns, *ends, console=console, transient=True) as bars:
+    # Rich would take over sys.stdout and bring Ray's noise, which goes to the log, back to the terminal.
+    with Progress(
+        *columns, *ends, console=console, transient=True, redirect_stdout=False, redirect_stderr=False
+    ) as bars:
         task = bars.add_task(name, total=None, text="starting")
         yield lambda done, total, text: bars.update(task, completed=done, total=total, text=text)
 

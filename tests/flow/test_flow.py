@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import pty
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -109,6 +113,30 @@ def test_a_damaged_scan_costs_itself_only(done: Path) -> None:
     assert len(manifests(done, "adapt")) == 3 * 2 * 3
     page = next((done / "store" / "report").glob("*/report.html")).read_text()
     assert "GZ_TRUNCATED" in page and "<script" not in page
+
+
+def test_a_terminal_shows_a_bar_and_none_of_rays_noise(trees: Path) -> None:
+    folder = study(trees, "terminal")
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 110, 0, 0))
+    process = subprocess.Popen(
+        command(folder, "ingest"), stdout=theirs, stderr=theirs, stdin=subprocess.DEVNULL
+    )
+    os.close(theirs)
+    shown = b""
+    while True:
+        try:
+            part = os.read(ours, 65536)
+        except OSError:  # the other end is closed: the process has ended
+            break
+        if not part:
+            break
+        shown += part
+    os.close(ours)
+    assert process.wait() == 3
+    text = shown.decode()
+    assert "━" in text and "sessions read" in text and "GZ_TRUNCATED" in text
+    assert not [word for word in ("streaming_executor", "ray-data", "Traceback", "WARNING") if word in text]
 
 
 def test_leakage_is_refused_before_anything_is_trained(trees: Path) -> None:
