@@ -380,7 +380,6 @@ class Sweep(Frozen):
 class Report(Frozen):
     title: str | None = None
     bootstrap: int = Field(2000, ge=100)
-    seed: int = 0
 
 
 class Experiment(Frozen):

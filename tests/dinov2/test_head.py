@@ -28,13 +28,14 @@ def test_layers(layers: int) -> None:
     assert isinstance(head.mlp[-1], nn.Linear)
 
 
-def test_a_cancelled_last_layer_stands_still_even_under_weight_decay() -> None:
+def test_a_rate_of_zero_freezes_the_prototypes_even_under_weight_decay() -> None:
+    """How the loop freezes the last layer at first: its group's learning rate is 0."""
     head = Head(6, 8, 4, 10)
     before = head.prototypes.detach().clone()
-    optimiser = torch.optim.AdamW(head.parameters(), lr=0.1, weight_decay=0.5)
-    head(torch.randn(3, 6)).square().sum().backward()
-    head.cancel_last_layer_grad()
+    groups = [{"params": [head.prototypes], "lr": 0.0}, {"params": list(head.mlp.parameters())}]
+    optimiser = torch.optim.AdamW(groups, lr=0.1, weight_decay=0.5)
     first = head.mlp[0].weight.detach().clone()
+    head(torch.randn(3, 6)).square().sum().backward()
     optimiser.step()
     assert torch.equal(head.prototypes, before)
     assert not torch.equal(head.mlp[0].weight, first)

@@ -98,9 +98,6 @@ def test_all_of_the_student_learns_and_nothing_of_the_teacher(shared: bool) -> N
     assert all(p.grad is None and not p.requires_grad for p in tiny.teacher.parameters())
     assert not tiny.teacher.training
     assert (tiny.plain_student.ibot_head is None) == shared
-    tiny.plain_student.cancel_last_layer_grad()
-    cancelled = [name for name, p in tiny.plain_student.named_parameters() if p.grad is None]
-    assert cancelled == ["dino_head.prototypes"] + ["ibot_head.prototypes"] * (not shared)
 
 
 def test_switched_off_terms_leave_no_idle_parameter() -> None:

@@ -33,7 +33,3 @@ class Head(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """Scores [..., K] of `tokens` [..., D]."""
         return F.linear(F.normalize(self.mlp(tokens), dim=-1), F.normalize(self.prototypes, dim=-1))
-
-    def cancel_last_layer_grad(self) -> None:
-        """Forget the prototypes' gradient, so that the optimiser skips them (DINO freezes them at first)."""
-        self.prototypes.grad = None

@@ -98,12 +98,6 @@ class Student(nn.Module):
             cls.view(views, batch, -1),
         )
 
-    def cancel_last_layer_grad(self) -> None:
-        """Forget the gradients of all prototypes."""
-        self.dino_head.cancel_last_layer_grad()
-        if self.ibot_head is not None:
-            self.ibot_head.cancel_last_layer_grad()
-
 
 class DINOv2:
     """Student, EMA teacher and centres. The caller may replace `student` by a data-parallel wrap of it."""
