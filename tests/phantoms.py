@@ -216,11 +216,13 @@ def card(
         "citation": "none",
         "role": "tests",
         "contrasts": list(contrasts),
-        "layout": {
-            "files": {contrast: [f"{place}_{contrast}.nii.gz"] for contrast in contrasts},
-            "mask": mask if masks else None,
-            "source": "https://bids-specification.readthedocs.io",
-        },
+        "layouts": [
+            {
+                "files": {contrast: [f"{place}_{contrast}.nii.gz"] for contrast in contrasts},
+                "mask": mask if masks else None,
+                "source": "https://bids-specification.readthedocs.io",
+            }
+        ],
         "participants": {"columns": {c: c for c in ("age", "sex", "site", "head", "condition")}},
         "labels": {
             "condition": {

@@ -7,7 +7,8 @@ import pytest
 
 import phantoms
 from cranium import cohort
-from cranium.config import Card, Label, UserError
+from cranium.cards import Card, Label
+from cranium.config import UserError
 
 FILES = "sub-{subject}[/ses-{session}]/anat/sub-{subject}[_ses-{session}][_run-{run}]_T1w.nii.gz"
 MASK = "masks/sub-{subject}[_ses-{session}][_run-{run}]_{contrast}.nii.gz"
@@ -15,7 +16,7 @@ MASK = "masks/sub-{subject}[_ses-{session}][_run-{run}]_{contrast}.nii.gz"
 
 def card(files: Any = (FILES,), mask: str | None = None, **participants: Any) -> Card:
     content = phantoms.card("tiny", contrasts=("T1w",))
-    content["layout"] |= {"files": {"T1w": list(files)}, "mask": mask}
+    content["layouts"][0] |= {"files": {"T1w": list(files)}, "mask": mask}
     content |= {"labels": {}, "groups": [], "participants": participants or None}
     return Card.model_validate(content)
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 import phantoms
 from cranium import config
+from cranium.cards import load_card
 from cranium.config import Experiment, UserError
 
 TINY = "name: tiny\ningest: {cohorts: [a, b]}\n"
@@ -114,7 +115,7 @@ def test_a_user_error_crosses_process_borders_whole() -> None:
     [
         ({"contrasts": ["T1w", "T1ce"]}, "no file pattern for ['T1ce']"),
         ({"groups": ["family"]}, "participants.columns"),
-        ({"layout": {"files": {"T1w": ["x"]}}, "contrasts": ["T1w"]}, "unverified"),
+        ({"layouts": [{"files": {"T1w": ["x"]}}], "contrasts": ["T1w"]}, "unverified"),
         ({"name": "other"}, "make them equal"),
     ],
 )
@@ -122,12 +123,12 @@ def test_a_card_that_does_not_hold_together(tmp_path: Path, change: dict[str, An
     path = tmp_path / "phantom.yaml"
     path.write_text(yaml.safe_dump({**phantoms.card("phantom"), **change}))
     with pytest.raises(UserError) as refused:
-        config.load_card(path)
+        load_card(path)
     assert says in str(refused.value)
 
 
 def test_an_unknown_cohort_names_its_neighbour(tmp_path: Path) -> None:
     phantoms.write_card(tmp_path, "phantom")
-    assert config.load_card("phantom", tmp_path).name == "phantom"
+    assert load_card("phantom", tmp_path).name == "phantom"
     with pytest.raises(UserError, match="did you mean phantom"):
-        config.load_card("fantom", tmp_path)
+        load_card("fantom", tmp_path)

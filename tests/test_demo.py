@@ -23,6 +23,7 @@ from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
 from sklearn.preprocessing import OneHotEncoder
 
 from cranium import config, demo, demo_sources
+from cranium.cards import load_card
 
 SPEC = config.Demo()
 
@@ -337,8 +338,8 @@ def test_trees_are_whole_and_left_alone_when_done(
 
 def test_cards_fit_the_trees() -> None:
     for name in ("demo", "demo_ssl", "demo_external"):
-        card = config.load_card(name)
+        card = load_card(name)
         assert card.simulated and card.access == "generated" and card.groups == ("head",)
-        assert card.layout.mask is not None and "{contrast}" in card.layout.mask
+        assert card.layouts[0].mask is not None and "{contrast}" in card.layouts[0].mask
         assert set(card.participants.columns.values()) <= set(demo.COLUMNS)  # type: ignore[union-attr]
-    assert set(config.load_card("demo").labels["condition"].classes) == set(SPEC.conditions)
+    assert set(load_card("demo").labels["condition"].classes) == set(SPEC.conditions)

@@ -16,7 +16,8 @@ import numpy as np
 import pandas as pd
 
 from cranium import embed, store
-from cranium.config import Cell, Classification, Label, Probe, UserError
+from cranium.cards import Label
+from cranium.config import Cell, Classification, Probe, UserError
 from cranium.models import probe as probes
 from cranium.store import Artefact
 from cranium.tasks import classification, metrics, splits

@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from cranium import config
-from cranium.config import Card, Experiment, Machine, UserError
+from cranium.cards import Card, load_card
+from cranium.config import Experiment, Machine, UserError
 
 if TYPE_CHECKING:
     from cranium.flow import Study
@@ -69,17 +70,19 @@ def read_target(path: Path, settings: Sequence[str] | None) -> Target:
     """Read an experiment, or make a small one of a cohort's card: `ingest datasets/adni.yaml raw=DIR`."""
     settings, path = list(settings or ()), _shipped(path)
     content = config.read_yaml(path)
-    if "layout" in content or "access" in content:
-        card = config.load_card(path)
+    if "layouts" in content or "access" in content:
+        card = load_card(path)
         settings = [
             f"raw.{card.name}={s.removeprefix('raw=')}" if s.startswith("raw=") else s for s in settings
         ]
         facts, keys = _parted(settings)
-        return Target(path, config.experiment_of(card, keys), {card.name: card}, config.load_machine(facts))
+        return Target(
+            path, config.experiment_of(card.name, keys), {card.name: card}, config.load_machine(facts)
+        )
     facts, keys = _parted(settings)
     exp = config.load_experiment(path, keys)
     folder = config.share(path) / "datasets"
-    cards = {name: config.load_card(name, folder) for name in exp.ingest.cohorts}
+    cards = {name: load_card(name, folder) for name in exp.ingest.cohorts}
     return Target(path, exp, cards, config.load_machine(facts))
 
 
@@ -364,7 +367,9 @@ def check(
                 target = read_target(path, [])
                 _labels_exist(target)
                 unverified += [
-                    n for n, card in target.cards.items() if card.layout.unverified and n == path.stem
+                    n
+                    for n, card in target.cards.items()
+                    if n == path.stem and any(layout.unverified for layout in card.layouts)
                 ]
             except UserError as error:
                 problems.append(str(error))

@@ -11,7 +11,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from cranium.config import Card, Label, Participants, UserError
+from cranium.cards import Card, Label, Layout, Participants
+from cranium.config import UserError
 
 Value = str | float | None
 ABSENT = {"", "n/a", "na", "nan", "none", "null", "."}  # cells of a table that say nothing
@@ -34,6 +35,7 @@ class Session:
     session: str  # "" when the cohort has none
     scans: Mapping[str, Scan]  # by contrast
     values: Mapping[str, Value]  # by our column name
+    segmentation: str | None = None  # path of its label map
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class CohortTable:
     """Sessions sorted by subject and session, what was refused, and `files`: (path, bytes) of all that is used."""
 
     root: Path
+    layout: Layout  # the one the files lie in
     sessions: tuple[Session, ...]
     refused: tuple[Refused, ...]
     files: tuple[tuple[str, int], ...]
@@ -77,23 +80,20 @@ def scan(card: Card, raw: Path) -> CohortTable:
 
     Raises `UserError` when the folder is wrong, holds nothing that matches, or the table cannot be read.
     """
-    if card.layout.format != "nifti":
-        raise UserError(
-            "DICOM", f"{card.name}: DICOM folders are not read; convert them with dcm2niix and give a card"
-        )
     if not raw.is_dir():
         raise UserError(
             "NO_RAW", f"{raw} is no folder; give the one that holds {card.title}: raw.{card.name}=DIR"
         )
     root = raw.resolve()
     files = dict(_walk(root))
-    matches = _matches(card, files)
+    found = ((layout, _matches(layout, files)) for layout in card.layouts)
+    layout, matches = next(((layout, m) for layout, m in found if m), (card.layouts[0], {}))
     if not matches:
         raise UserError("NO_SCANS", _nothing_found(card, raw, list(files)))
     rows = _participants(card.participants, root)
-    sessions, refused = _sessions(card, matches, files, rows)
+    sessions, refused = _sessions(card, layout, matches, files, rows)
     notes = (*_near_collisions(s.subject for s in sessions), *_without_row(card, sessions, rows))
-    return CohortTable(root, sessions, refused, _identity(card, sessions, refused, files), notes)
+    return CohortTable(root, layout, sessions, refused, _identity(card, sessions, refused, files), notes)
 
 
 def label_of(label: Label, value: Value) -> str | None:
@@ -192,11 +192,13 @@ def _walk(root: Path) -> Iterator[tuple[str, int]]:
             yield Path(path).relative_to(root).as_posix(), size
 
 
-def _matches(card: Card, files: Mapping[str, int]) -> dict[tuple[str, str, str], list[_Match]]:
+def _matches(layout: Layout, files: Mapping[str, int]) -> dict[tuple[str, str, str], list[_Match]]:
     """(subject, session, contrast) -> files that claim it, best first."""
+    if layout.format != "nifti":
+        raise UserError("DICOM", "DICOM folders are not read; convert them with dcm2niix and give a card")
     found: dict[tuple[str, str, str], list[_Match]] = defaultdict(list)
-    for contrast in card.layout.files:
-        for order, pattern in enumerate(card.layout.files[contrast]):
+    for contrast in layout.files:
+        for order, pattern in enumerate(layout.files[contrast]):
             expression = compile_pattern(pattern)
             for path in files:
                 if match := expression.fullmatch(path):
@@ -213,22 +215,25 @@ def _matches(card: Card, files: Mapping[str, int]) -> dict[tuple[str, str, str],
 
 
 def _nothing_found(card: Card, raw: Path, paths: list[str]) -> str:
-    contrast, patterns = next(iter(card.layout.files.items()))
+    layout = card.layouts[0]
+    contrast, patterns = next(iter({**layout.files, "series": layout.series}.items()))
     scans = [p for p in paths if p.endswith((".nii", ".nii.gz"))] or paths
     instead = f"it holds {len(paths)} files, such as {', '.join(scans[:3])}" if paths else "it is empty"
     return (
         f"no file below {raw} matches the layout of {card.name} ({contrast}: {' or '.join(patterns)}); {instead}. "
-        "Give the folder that these paths start from, or correct `layout.files` in the card"
+        "Give the folder that these paths start from, or correct `layouts` in the card"
     )
 
 
 def _sessions(
     card: Card,
+    layout: Layout,
     matches: Mapping[tuple[str, str, str], list[_Match]],
     files: Mapping[str, int],
     rows: Mapping[tuple[str, str], Mapping[str, Value]],
 ) -> tuple[tuple[Session, ...], tuple[Refused, ...]]:
     scans: dict[tuple[str, str], dict[str, Scan]] = defaultdict(dict)
+    label_maps: dict[tuple[str, str], str] = {}
     refused: list[Refused] = []
     for (subject, session, contrast), claims in matches.items():
         first, note = claims[0], None
@@ -241,23 +246,34 @@ def _sessions(
             if other.path not in repeated | {first.path}:
                 reason = f"{first.path} is the {contrast} of the same subject, session and run, and was taken"
                 refused.append(Refused(subject, session, contrast, other.path, "DUP_ID", reason))
-        mask = _mask(card, contrast, first.fields, files)
+        mask = _beside(layout.mask, contrast, first.fields, files)
         scans[subject, session][contrast] = Scan(contrast, first.path, mask, note)
+        if label_map := _beside(layout.segmentation, contrast, first.fields, files):
+            label_maps.setdefault((subject, session), label_map)
     columns = card.participants.columns if card.participants else {}
     nothing = dict.fromkeys(columns)
     sessions = tuple(
-        Session(subject, session, found, rows.get((subject, session)) or rows.get((subject, "")) or nothing)
+        Session(
+            subject,
+            session,
+            found,
+            rows.get((subject, session)) or rows.get((subject, "")) or nothing,
+            label_maps.get((subject, session)),
+        )
         for (subject, session), found in sorted(scans.items())
     )
     return sessions, tuple(refused)
 
 
-def _mask(card: Card, contrast: str, fields: Mapping[str, str], files: Mapping[str, int]) -> str | None:
-    if card.layout.mask is None:
+def _beside(
+    pattern: str | None, contrast: str, fields: Mapping[str, str], files: Mapping[str, int]
+) -> str | None:
+    """The file that belongs to a scan by this pattern (a brain mask, a label map), if it is there."""
+    if pattern is None:
         return None
     with_run = {**fields, "contrast": contrast}
     without_run = {k: v for k, v in with_run.items() if k != "run"}
-    tries = (render(card.layout.mask, with_run), render(card.layout.mask, without_run))
+    tries = (render(pattern, with_run), render(pattern, without_run))
     return next((path for path in tries if path in files), None)
 
 
@@ -267,6 +283,7 @@ def _identity(
     """What the result depends on: every file that is read, with its size."""
     used = {r.path for r in refused}
     for session in sessions:
+        used |= {session.segmentation} - {None}  # type: ignore[arg-type]
         for found in session.scans.values():
             used |= {found.path, found.mask} - {None}  # type: ignore[arg-type]
     return tuple((path, files[path]) for path in sorted(used))

@@ -1,6 +1,7 @@
 """Every knob of Cranium, frozen and typed, in the order data flows; and what identifies a piece of work.
 
-YAML in, `Experiment` or `Card` out. Nothing here imports torch, Ray or MLflow, so `cranium check` answers in seconds.
+YAML in, `Experiment` out (a `Card` in `cards.py`). Nothing here imports torch, Ray or MLflow, so
+`cranium check` answers in seconds.
 Fields under `compute:` say how fast work is done, never what comes out, and are left out of every fingerprint;
 machine facts (`Machine`) are never part of a fingerprint at all.
 """
@@ -47,91 +48,6 @@ class Frozen(BaseModel):
 
 
 T = TypeVar("T", bound=Frozen)
-
-
-# ---- cohorts -----------------------------------------------------------------------------------------------------
-
-
-class Layout(Frozen):
-    """Where the files of a cohort lie below its raw folder.
-
-    A pattern is a relative path with `{subject}`, `{session}`, `{run}` fields and `[optional]` parts, e.g.
-    `sub-{subject}[/ses-{session}]/anat/sub-{subject}[_ses-{session}]_T1w.nii.gz`.
-    """
-
-    format: Literal["nifti", "dicom"] = "nifti"
-    files: dict[Contrast, tuple[str, ...]] = Field(min_length=1)
-    mask: str | None = None  # brain mask; may hold {contrast} when every contrast has its own grid
-    source: str | None = None  # public description the patterns were taken from
-    unverified: bool = False
-
-    @model_validator(mode="after")
-    def _cited(self) -> Self:
-        if self.source is None and not self.unverified:
-            raise ValueError("cite the public `source` of this layout, or mark it `unverified: true`")
-        return self
-
-
-class Participants(Frozen):
-    """The table of subjects: a TSV or CSV file, which column names the subject, and the columns to keep."""
-
-    file: str = "participants.tsv"
-    subject: str = "participant_id"
-    session: str | None = None
-    columns: dict[str, str] = {}  # our name -> the file's name
-
-
-class Label(Frozen):
-    """A label column and the raw values that make each class, in class order."""
-
-    column: str
-    classes: dict[str, tuple[str, ...]]
-
-
-class Overlap(Frozen):
-    cohort: str
-    reason: str
-    source: str | None = None
-
-
-class Card(Frozen):
-    """One `datasets/*.yaml`: a published collection and how its files become a cohort."""
-
-    name: str = Field(pattern=NAME)
-    title: str
-    summary: str = ""
-    access: Literal["open", "registration", "agreement", "generated", "yours"]
-    url: str | None = None
-    licence: str
-    citation: str
-    role: str
-    subjects: int | None = None
-    contrasts: tuple[Contrast, ...]
-    layout: Layout
-    participants: Participants | None = None
-    labels: dict[str, Label] = {}
-    groups: tuple[
-        str, ...
-    ] = ()  # columns that tie subjects together beyond the subject itself (family, head)
-    # Column of matched sets (one subject per class, alike in all else). Folds keep a set whole: split, the held-out
-    # class would be the rarer one of its set in training, and covariates alone would fall far below chance.
-    matched: str | None = None
-    overlaps: tuple[Overlap, ...] = ()
-    simulated: bool = False
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        if missing := set(self.contrasts) - set(self.layout.files):
-            raise ValueError(f"no file pattern for {sorted(missing)} under layout.files")
-        columns = set(self.participants.columns) if self.participants else set()
-        used = (
-            {label.column for label in self.labels.values()}
-            | set(self.groups)
-            | ({self.matched} if self.matched else set())
-        )
-        if unknown := used - columns:
-            raise ValueError(f"{sorted(unknown)} are not among participants.columns {sorted(columns)}")
-        return self
 
 
 # ---- stages, in the order data flows -------------------------------------------------------------------------------
@@ -537,7 +453,7 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _with_base(path: Path) -> dict[str, Any]:
+def with_base(path: Path) -> dict[str, Any]:
     content = read_yaml(path)
     if base := content.pop("base", None):
         below = read_yaml(path.parent / str(base))
@@ -549,7 +465,7 @@ def _with_base(path: Path) -> dict[str, Any]:
     return content
 
 
-def _validated(model: type[T], content: Mapping[str, Any], where: str) -> T:
+def validated(model: type[T], content: Mapping[str, Any], where: str) -> T:
     try:
         return model.model_validate(content)
     except ValidationError as error:
@@ -597,35 +513,13 @@ def _nested(overrides: Iterable[str]) -> dict[str, Any]:
 
 def load_experiment(path: Path, overrides: Iterable[str] = ()) -> Experiment:
     """An experiment from YAML, its `base:` below it and `key=value` overrides on top."""
-    return _validated(Experiment, _merge(_with_base(path), _nested(overrides)), str(path))
+    return validated(Experiment, _merge(with_base(path), _nested(overrides)), str(path))
 
 
-def experiment_of(card: Card, overrides: Iterable[str] = ()) -> Experiment:
+def experiment_of(cohort: str, overrides: Iterable[str] = ()) -> Experiment:
     """The smallest experiment on one cohort: `cranium ingest datasets/adni.yaml`."""
-    small = {"name": card.name, "ingest": {"cohorts": [card.name]}}
-    return _validated(Experiment, _merge(small, _nested(overrides)), card.name)
-
-
-def load_card(name_or_path: str | Path, folder: Path | None = None) -> Card:
-    """A cohort card by path, or by name from `folder` or else the shipped `datasets/`."""
-    path = Path(name_or_path)
-    if path.suffix != ".yaml":
-        folders = [*([folder] if folder else []), share() / "datasets"]
-        path = next(
-            (f / f"{name_or_path}.yaml" for f in folders if (f / f"{name_or_path}.yaml").is_file()), path
-        )
-        if not path.is_file():
-            folder = folders[0]
-            known = sorted({p.stem for f in folders for p in f.glob("*.yaml")})
-            near = difflib.get_close_matches(str(name_or_path), known, 1)
-            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
-            raise UserError("NO_COHORT", f"no card {path.name}.yaml in {folder}; {hint}")
-    card = _validated(Card, _with_base(path), str(path))
-    if card.name != path.stem:
-        raise UserError(
-            "CONFIG", f"{path}: `name` is {card.name}, but cohorts are found by file name; make them equal"
-        )
-    return card
+    small = {"name": cohort, "ingest": {"cohorts": [cohort]}}
+    return validated(Experiment, _merge(small, _nested(overrides)), cohort)
 
 
 def load_machine(overrides: Iterable[str] = (), environ: Mapping[str, str] = os.environ) -> Machine:
@@ -636,7 +530,7 @@ def load_machine(overrides: Iterable[str] = (), environ: Mapping[str, str] = os.
             content[key] = value
     prefix = "CRANIUM_RAW_"
     content["raw"] = {k.removeprefix(prefix).lower(): v for k, v in environ.items() if k.startswith(prefix)}
-    return _validated(Machine, _merge(content, _nested(overrides)), "machine")
+    return validated(Machine, _merge(content, _nested(overrides)), "machine")
 
 
 def is_machine_key(item: str) -> bool:

@@ -28,7 +28,8 @@ from rich.progress import (
 )
 
 from cranium import cluster, store, track
-from cranium.config import Card, Experiment, Machine, UserError, fingerprint, to_yaml
+from cranium.cards import Card
+from cranium.config import Experiment, Machine, UserError, fingerprint, to_yaml
 from cranium.store import Artefact
 
 if TYPE_CHECKING:

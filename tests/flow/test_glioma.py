@@ -12,7 +12,8 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 from cranium import embed, ingest
-from cranium.config import Card, Experiment, Machine
+from cranium.cards import Card
+from cranium.config import Experiment, Machine
 from cranium.models.probe import fit_linear
 from cranium.volume import nifti, slices
 from cranium.volume.quality import Rejected
@@ -32,14 +33,16 @@ def card() -> Card:
             "citation": "Menze et al. 2015",
             "role": "tests",
             "contrasts": ["T1ce", "FLAIR"],
-            "layout": {
-                "files": {
-                    "T1ce": [place + "T1c_subtrMeanDivStd.nii.gz"],
-                    "FLAIR": [place + "Flair_subtrMeanDivStd.nii.gz"],
-                },
-                "mask": place + "brainmask.nii.gz",
-                "source": "https://github.com/deepmedic/deepmedic",
-            },
+            "layouts": [
+                {
+                    "files": {
+                        "T1ce": [place + "T1c_subtrMeanDivStd.nii.gz"],
+                        "FLAIR": [place + "Flair_subtrMeanDivStd.nii.gz"],
+                    },
+                    "mask": place + "brainmask.nii.gz",
+                    "source": "https://github.com/deepmedic/deepmedic",
+                }
+            ],
         }
     )
 

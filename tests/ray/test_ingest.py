@@ -17,8 +17,9 @@ import pyarrow.parquet as pq
 import pytest
 
 import phantoms
-from cranium import ingest, store
-from cranium.config import Card, Ingest, Machine, UserError
+from cranium import ingest, shardset, store
+from cranium.cards import Card
+from cranium.config import Ingest, Machine, UserError
 from cranium.store import Artefact
 from cranium.volume import nifti, normalise, shard, slices
 
@@ -301,7 +302,7 @@ def test_an_ingest_that_stopped_half_way_goes_on(
     (folder / "shards" / "0123456789abcdef.parquet").write_bytes(b"left by a killed packer")
     finished = ingest.ingest(CARD, raw, SPEC, machine)
     assert finished.manifest() == made.manifest()
-    assert ingest.verify(finished) == [] and not (folder / "work").exists()
+    assert shardset.verify(finished) == [] and not (folder / "work").exists()
 
 
 # ---- trust ----------------------------------------------------------------------------------------------------------
@@ -349,26 +350,26 @@ def damage(path: Path, how: str) -> None:
     ],
 )
 def test_damage_is_seen_before_the_first_step(copied: Artefact, how: str, code: str) -> None:
-    ingest.check(copied)
+    shardset.check(copied)
     path = first_shard(copied)
     damage(path, how)
     with pytest.raises(UserError, match=path.name) as error:
-        ingest.check(copied)
+        shardset.check(copied)
     assert error.value.code == code
-    problems = ingest.verify(copied, full=False)
+    problems = shardset.verify(copied, full=False)
     assert (problems[0].code, problems[0].file) == (code, f"shards/{path.name}")
     assert [p.code for p in problems[1:]] == (["SHARD_UNKNOWN"] if how == "renamed" else [])
 
 
 def test_a_flipped_bit_is_seen_by_the_hash(copied: Artefact) -> None:
     damage(first_shard(copied), "flipped")
-    ingest.check(copied)  # same size, same footer
-    assert [p.code for p in ingest.verify(copied)] == ["SHARD_HASH"]
+    shardset.check(copied)  # same size, same footer
+    assert [p.code for p in shardset.verify(copied)] == ["SHARD_HASH"]
 
 
 def test_strays_are_reported_and_never_read(copied: Artefact) -> None:
     shutil.copy(first_shard(copied), copied.path / "shards" / "stray.parquet")
     for name in ("_SUCCESS", ".DS_Store", "x.crc"):
         (copied.path / "shards" / name).touch()
-    ingest.check(copied)
-    assert [(p.code, p.file) for p in ingest.verify(copied)] == [("SHARD_UNKNOWN", "shards/stray.parquet")]
+    shardset.check(copied)
+    assert [(p.code, p.file) for p in shardset.verify(copied)] == [("SHARD_UNKNOWN", "shards/stray.parquet")]
