@@ -213,7 +213,7 @@ def test_channel_map_is_declared_and_recorded(ray_cluster: Any, tmp_path: Path, 
 
 def test_what_the_user_can_mend(ray_cluster: Any, tmp_path: Path, machine: Machine) -> None:
     root = phantoms.bids_tree(tmp_path, num_subjects=1, missing=())
-    with pytest.raises(UserError, match=r"layout\.mask") as error:
+    with pytest.raises(UserError, match=r"no `mask` in") as error:
         ingest.ingest(Card.model_validate(phantoms.card(masks=False)), root, SPEC, machine)
     assert error.value.code == "NO_MASK"
     with pytest.raises(UserError, match="none of PDw") as error:
@@ -239,7 +239,7 @@ def test_a_full_disk_is_said(
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(ingest.pq, "write_table", full)
+    monkeypatch.setattr(shardset.pq, "write_table", full)
     with pytest.raises(UserError, match="No space left") as error:
         ingest.ingest(CARD, raw, SPEC, machine)
     assert (error.value.code, error.value.exit_code) == ("NO_SPACE", 1)
