@@ -37,50 +37,6 @@ def error(call: Any, code: str) -> str:
     return str(found.value)
 
 
-# ---- patterns -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("path", "fields"),
-    [
-        ("sub-01/anat/sub-01_T1w.nii.gz", ("01", None, None)),
-        ("sub-01/ses-a/anat/sub-01_ses-a_T1w.nii.gz", ("01", "a", None)),
-        ("sub-01/anat/sub-01_run-2_T1w.nii.gz", ("01", None, "2")),
-        ("sub-01/ses-a/anat/sub-01_ses-a_run-2_T1w.nii.gz", ("01", "a", "2")),
-        ("sub-01/anat/sub-02_T1w.nii.gz", None),
-        ("sub-01/ses-a/anat/sub-01_ses-b_T1w.nii.gz", None),
-        ("sub-01/ses-a/anat/sub-01_T1w.nii.gz", None),
-        ("sub-01/anat/sub-01_ses-a_T1w.nii.gz", None),
-        ("sub-01/anat/sub-01_acq-x_T1w.nii.gz", None),
-        ("derivatives/sub-01/anat/sub-01_T1w.nii.gz", None),
-        ("sub-01/anat/sub-01_T1wxnii.gz", None),
-    ],
-)
-def test_patterns(path: str, fields: tuple[str | None, ...] | None) -> None:
-    match = cohort.compile_pattern(FILES).fullmatch(path)
-    assert (match.group("subject", "session", "run") if match else None) == fields
-
-
-def test_patterns_of_other_collections() -> None:
-    brats = cohort.compile_pattern("{subject}/{subject}_flair.nii.gz")
-    match = brats.fullmatch("BraTS20_Training_001/BraTS20_Training_001_flair.nii.gz")
-    assert match and match["subject"] == "BraTS20_Training_001"
-    flat = cohort.compile_pattern("sub-{subject}[_run-{run}]_T1w.nii")
-    assert flat.fullmatch("sub-01_run-2_T1w.nii").group("subject", "run") == ("01", "2")  # type: ignore[union-attr]
-
-
-@pytest.mark.parametrize("pattern", ["sub-{subject", "a[b", "x]{subject}", "sub-{}", "anat/T1w.nii.gz"])
-def test_bad_patterns(pattern: str) -> None:
-    assert pattern in error(lambda: cohort.compile_pattern(pattern), "PATTERN")
-
-
-def test_rendering_inverts_matching() -> None:
-    path = "sub-01/ses-a/anat/sub-01_ses-a_run-2_T1w.nii.gz"
-    assert cohort.render(FILES, {"subject": "01", "session": "a", "run": "2"}) == path
-    assert cohort.render(FILES, {"subject": "01"}) == "sub-01/anat/sub-01_T1w.nii.gz"
-    assert cohort.render(FILES, {"session": "a"}) is None
-
-
 # ---- files ----------------------------------------------------------------------------------------------------------
 
 

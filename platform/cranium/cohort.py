@@ -13,6 +13,7 @@ from pathlib import Path
 
 from cranium.cards import Card, Label, Layout, Participants
 from cranium.config import UserError
+from cranium.patterns import Match, compile_pattern, render
 
 Value = str | float | None
 ABSENT = {"", "n/a", "na", "nan", "none", "null", "."}  # cells of a table that say nothing
@@ -68,13 +69,6 @@ class CohortTable:
         return {contrast: len(self.sessions) - n for contrast, n in sorted(seen.items())}
 
 
-@dataclass(frozen=True)
-class _Match:
-    order: tuple[int, tuple[int, str], str]  # pattern, run, path: the least is chosen
-    fields: Mapping[str, str]
-    path: str
-
-
 def scan(card: Card, raw: Path) -> CohortTable:
     """Match the card's patterns against the files below `raw`, and join the table of participants.
 
@@ -112,70 +106,6 @@ def _same(raw: str, value: str | float) -> bool:
         return raw.strip() == str(value).strip()
 
 
-# ---- patterns -------------------------------------------------------------------------------------------------------
-
-_TOKEN = re.compile(r"\{(\w+)\}|\[([^\[\]]*)\]|([^{}\[\]]+)")
-
-
-def compile_pattern(pattern: str) -> re.Pattern[str]:
-    """`sub-{subject}[/ses-{session}]/...` as a regular expression for a whole relative path.
-
-    A field that returns must return with the same value; an optional part whose fields were seen before is there
-    exactly when they are. Raises `UserError` for unbalanced brackets or a pattern without `{subject}`.
-    """
-    seen: set[str] = set()
-
-    def literal_or_field(token: re.Match[str]) -> str:
-        field, _, text = token.groups()
-        if field is None:
-            return re.escape(text)
-        if field in seen:
-            return f"(?P={field})"
-        seen.add(field)
-        return f"(?P<{field}>[^/]+?)"
-
-    parts = []
-    for token in _tokens(pattern):
-        if token[2] is None:
-            parts.append(literal_or_field(token))
-            continue
-        inner = list(_tokens(token[2]))
-        known = [t[1] for t in inner if t[1] in seen]
-        body = "".join(literal_or_field(t) for t in inner)
-        parts.append(f"(?({known[0]}){body}|)" if known else f"(?:{body})?")
-    if "subject" not in seen:
-        raise UserError("PATTERN", f"`{pattern}` has no {{subject}} field")
-    return re.compile("".join(parts))
-
-
-def render(pattern: str, fields: Mapping[str, str]) -> str | None:
-    """The path a pattern gives for these fields; optional parts only where their fields are; None if one is lacking."""
-    parts: list[str] = []
-    for token in _tokens(pattern):
-        field, optional, text = token.groups()
-        if optional is not None:
-            parts.append(render(optional, fields) or "")
-        elif field is not None:
-            if field not in fields:
-                return None
-            parts.append(fields[field])
-        else:
-            parts.append(text)
-    return "".join(parts)
-
-
-def _tokens(pattern: str) -> Iterator[re.Match[str]]:
-    end = 0
-    for token in _TOKEN.finditer(pattern):
-        if token.start() != end:
-            break
-        end = token.end()
-        yield token
-    if end != len(pattern):
-        rest = pattern[end:]
-        raise UserError("PATTERN", f"`{pattern}` cannot be read at `{rest}`; use {{field}} and [optional]")
-
-
 # ---- files ----------------------------------------------------------------------------------------------------------
 
 
@@ -192,11 +122,11 @@ def _walk(root: Path) -> Iterator[tuple[str, int]]:
             yield Path(path).relative_to(root).as_posix(), size
 
 
-def _matches(layout: Layout, files: Mapping[str, int]) -> dict[tuple[str, str, str], list[_Match]]:
+def _matches(layout: Layout, files: Mapping[str, int]) -> dict[tuple[str, str, str], list[Match]]:
     """(subject, session, contrast) -> files that claim it, best first."""
     if layout.format != "nifti":
         raise UserError("DICOM", "DICOM folders are not read; convert them with dcm2niix and give a card")
-    found: dict[tuple[str, str, str], list[_Match]] = defaultdict(list)
+    found: dict[tuple[str, str, str], list[Match]] = defaultdict(list)
     for contrast in layout.files:
         for order, pattern in enumerate(layout.files[contrast]):
             expression = compile_pattern(pattern)
@@ -210,7 +140,7 @@ def _matches(layout: Layout, files: Mapping[str, int]) -> dict[tuple[str, str, s
                     run = fields.get("run", "")
                     key = (fields["subject"], fields.get("session", ""), str(contrast))
                     number = (int(run) if run.isdigit() else 0, run)
-                    found[key].append(_Match((order, number, path), fields, path))
+                    found[key].append(Match((order, number, path), fields, path))
     return {key: sorted(claims, key=lambda m: m.order) for key, claims in sorted(found.items())}
 
 
@@ -228,7 +158,7 @@ def _nothing_found(card: Card, raw: Path, paths: list[str]) -> str:
 def _sessions(
     card: Card,
     layout: Layout,
-    matches: Mapping[tuple[str, str, str], list[_Match]],
+    matches: Mapping[tuple[str, str, str], list[Match]],
     files: Mapping[str, int],
     rows: Mapping[tuple[str, str], Mapping[str, Value]],
 ) -> tuple[tuple[Session, ...], tuple[Refused, ...]]:
