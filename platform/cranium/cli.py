@@ -456,6 +456,35 @@ def verify(file: Yaml, settings: Settings = None, json: Json = False, debug: Deb
     _finish("verify", work, json, debug)
 
 
+@app.command()
+def bench(
+    what: Annotated[str, typer.Argument(metavar="stream|ingest", help="which stage")],
+    settings: Annotated[
+        list[str] | None, typer.Argument(metavar="[key=value]...", help="rows= rounds= data= out= ...")
+    ] = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure a stage against its limits; out=FILE.json keeps the numbers."""
+
+    def work() -> Outcome:
+        from cranium import bench, cluster
+
+        if what == "stream":
+            from cranium import bench_stream as stage
+        else:
+            raise UserError("USAGE", f"`{what}` has no benchmark; one of stream")
+        spec = config.validated(stage.Spec, config.nested(settings or ()), f"bench {what}")
+        with cluster.quiet(spec.data / f"{what}.log") as terminal:
+            result = stage.run(spec, lambda text: print(text, file=terminal.out, flush=True))
+        print(bench.table(result))
+        if spec.out:
+            bench.keep(result, spec.out)
+        return Outcome(0, result.plain())
+
+    _finish("bench", work, json, debug)
+
+
 # ---- how a command ends ---------------------------------------------------------------------------------------------
 
 

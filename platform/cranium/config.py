@@ -494,7 +494,8 @@ def _keys(model: type[BaseModel], prefix: str = "") -> Iterable[str]:
                 yield from _keys(kind, f"{prefix}{name}.")
 
 
-def _nested(overrides: Iterable[str]) -> dict[str, Any]:
+def nested(overrides: Iterable[str]) -> dict[str, Any]:
+    """`a.b=1 a.c=x` as a tree of values read as YAML."""
     tree: dict[str, Any] = {}
     for item in overrides:
         key, equals, text = item.partition("=")
@@ -513,13 +514,13 @@ def _nested(overrides: Iterable[str]) -> dict[str, Any]:
 
 def load_experiment(path: Path, overrides: Iterable[str] = ()) -> Experiment:
     """An experiment from YAML, its `base:` below it and `key=value` overrides on top."""
-    return validated(Experiment, _merge(with_base(path), _nested(overrides)), str(path))
+    return validated(Experiment, _merge(with_base(path), nested(overrides)), str(path))
 
 
 def experiment_of(cohort: str, overrides: Iterable[str] = ()) -> Experiment:
     """The smallest experiment on one cohort: `cranium ingest datasets/adni.yaml`."""
     small = {"name": cohort, "ingest": {"cohorts": [cohort]}}
-    return validated(Experiment, _merge(small, _nested(overrides)), cohort)
+    return validated(Experiment, _merge(small, nested(overrides)), cohort)
 
 
 def load_machine(overrides: Iterable[str] = (), environ: Mapping[str, str] = os.environ) -> Machine:
@@ -530,7 +531,7 @@ def load_machine(overrides: Iterable[str] = (), environ: Mapping[str, str] = os.
             content[key] = value
     prefix = "CRANIUM_RAW_"
     content["raw"] = {k.removeprefix(prefix).lower(): v for k, v in environ.items() if k.startswith(prefix)}
-    return validated(Machine, _merge(content, _nested(overrides)), "machine")
+    return validated(Machine, _merge(content, nested(overrides)), "machine")
 
 
 def is_machine_key(item: str) -> bool:
