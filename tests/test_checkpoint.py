@@ -111,6 +111,28 @@ def test_training_state_comes_back(tmp_path: Path):
     assert back["optimiser"] == state["optimiser"]
 
 
+@pytest.mark.parametrize("damage", ["cut", "flip", "swap", "no marker", "torn marker", "no file"])
+def test_damaged_training_state_is_never_loaded(tmp_path: Path, damage: str):  # R8
+    checkpoint.save_training(tmp_path, {"step": 7, "a": torch.arange(1000)})
+    path, marker = tmp_path / checkpoint.TRAINING, tmp_path / checkpoint.COMPLETE
+    content = path.read_bytes()
+    match damage:
+        case "cut":
+            path.write_bytes(content[:-1])
+        case "flip":
+            path.write_bytes(content[:600] + bytes([content[600] ^ 16]) + content[601:])
+        case "swap":
+            torch.save({"step": 7, "a": torch.arange(1000).flip(0)}, path)
+        case "no marker":
+            marker.unlink()
+        case "torn marker":
+            marker.write_text(marker.read_text()[:20])
+        case "no file":
+            path.unlink()
+    with pytest.raises(checkpoint.Damaged):
+        checkpoint.load_training(tmp_path)
+
+
 def test_released_dinov2_loads_whole(test_data: Path):
     path = test_data / "weights" / "dinov2_vits14_derived.fp16.safetensors"
     backbone, source = checkpoint.load_backbone(

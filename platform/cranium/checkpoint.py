@@ -22,6 +22,7 @@ from cranium.store import Artefact, sha256
 
 BACKBONE = "backbone.safetensors"
 TRAINING = "training.pt"
+COMPLETE = "complete.json"  # beside it, written last
 IMAGENET = {  # DINOv2's architectures -> supervised ImageNet-21k weights, which timm has at patch 16 only
     "vit_small_patch14_dinov2": "vit_small_patch16_224",
     "vit_base_patch14_dinov2": "vit_base_patch16_224",
@@ -167,11 +168,24 @@ def read_card(folder: Path) -> dict[str, Any]:
     return card
 
 
+class Damaged(Exception):
+    """Training state that was cut, changed or never finished; an older one may be whole."""
+
+
 def save_training(folder: Path, state: Mapping[str, Any]) -> None:
-    """Training state as plain tensors and numbers, so that loading it can never run code."""
+    """Training state as plain tensors and numbers, so that loading it can never run code; its SHA-256 written last."""
     torch.save(dict(state), folder / TRAINING)
+    (folder / COMPLETE).write_text(json.dumps({"step": state["step"], "sha256": sha256(folder / TRAINING)}))
 
 
 def load_training(folder: Path) -> dict[str, Any]:
+    """What `save_training` wrote. Raises `Damaged` unless every byte is as it was written."""
+    try:
+        marker = json.loads((folder / COMPLETE).read_text())
+        whole = sha256(folder / TRAINING) == marker["sha256"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise Damaged(f"{folder} is not a finished checkpoint ({error})") from None
+    if not whole:
+        raise Damaged(f"{folder / TRAINING} has other bytes than were written")
     state: dict[str, Any] = torch.load(folder / TRAINING, map_location="cpu", weights_only=True)
     return state

@@ -211,6 +211,9 @@ class Pretrain(Frozen):
     steps: int = Field(10_000, ge=1)
     batch_size: int = Field(256, ge=1)  # global, over all workers
     seed: int = 0
+    continue_from: str | None = (
+        None  # a folder of <store>/pretrain: its last checkpoint, under these settings
+    )
     crops: Crops = Crops()
     loss: Loss = Loss()
     optimiser: Optimiser = Optimiser()

@@ -60,8 +60,11 @@ def undisturbed(ray_cluster, shards: Artefact, tmp_path_factory: pytest.TempPath
 
 
 def last_state(made: Artefact) -> dict:
-    newest = max((made.path / "ray").glob("checkpoint_2*"), key=lambda p: p.stat().st_mtime_ns)
-    return checkpoint.load_training(newest)
+    return checkpoint.load_training(checkpoints(made)[-1])
+
+
+def checkpoints(made: Artefact) -> list[Path]:
+    return sorted((made.path / "ray").glob("checkpoint_2*"), key=lambda p: p.stat().st_mtime_ns)
 
 
 def journal(made: Artefact) -> list[tuple[int, dict]]:
@@ -110,6 +113,11 @@ def test_a_killed_run_ends_as_the_undisturbed_one(
     segments = sorted((made.path / pretrain.JOURNAL).glob("*.jsonl"))
     assert len(segments) == 2
     assert json.loads(segments[1].read_text().splitlines()[0])["resume"] in range(8, STEPS, 8)
+    same(resumed, undisturbed)
+
+
+def same(resumed: Artefact, undisturbed: Artefact) -> None:
+    """Tensors, optimiser, position, journal and backbone are those of the undisturbed run."""
     ours, theirs = last_state(resumed), last_state(undisturbed)
     assert ours["step"] == theirs["step"] == STEPS
     for name, tensor in theirs["method"].items():
@@ -119,6 +127,35 @@ def test_a_killed_run_ends_as_the_undisturbed_one(
     assert journal(resumed) == journal(undisturbed)
     a, b = (load_file(m.path / checkpoint.BACKBONE) for m in (resumed, undisturbed))
     assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_stopped_run_makes_a_checkpoint_and_a_damaged_one_is_left_out(
+    ray_cluster, undisturbed: Artefact, shards: Artefact, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    """Ctrl-C between two checkpoints: one is made first. With a byte of it changed, the one before it is taken up."""
+    machine, sent = Machine(store=tmp_path), []
+
+    def interrupt(done: int, total: int, text: str) -> None:
+        if done >= 10 and not sent:
+            sent.append(done)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        pretrain.pretrain(experiment(), machine, "scratch", [shards], progress=interrupt)
+    made = pretrain.artefact(experiment(), machine, "scratch", [shards])
+    assert not made.done and pretrain.unfinished(machine, "scratch-vit_tiny_patch14") == [made]
+    kept = checkpoints(made)
+    steps = [checkpoint.load_training(folder)["step"] for folder in kept]
+    assert len(steps) == 2 and steps[0] % 8 == 0 and steps[1] % 8 and steps[1] >= sent[0]
+    with (kept[-1] / checkpoint.TRAINING).open("r+b") as file:
+        file.seek(1000)
+        byte = file.read(1)
+        file.seek(1000)
+        file.write(bytes([byte[0] ^ 1]))
+    resumed = pretrain.pretrain(experiment(), machine, "scratch", [shards])
+    newest = sorted((made.path / pretrain.JOURNAL).glob("*.jsonl"))[-1]
+    assert json.loads(newest.read_text().splitlines()[0])["resume"] == steps[0]
+    same(resumed, undisturbed)
 
 
 def test_two_workers_make_the_losses_of_one(

@@ -1,0 +1,289 @@
+"""What every worker of a pretraining runs: student and teacher over the stream, step by step. [Ray Train]
+
+`pretrain.py` starts it. A worker takes up the newest whole checkpoint, goes on from its step, and writes the next ones
+aside while the steps go on. When asked to stop it makes one more and leaves.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from cranium import checkpoint, stream, track
+from cranium.config import Crops, Experiment, Loss, Optimiser, Pretrain, UserError, fingerprint
+from cranium.dinov2 import schedules
+from cranium.dinov2.crops import CropSpec
+from cranium.dinov2.method import DINOv2, MethodSpec, Student, parameter_groups
+from cranium.store import Artefact
+
+JOURNAL = "journal"
+STOP = "stop"  # a file in the run's folder: make a checkpoint and leave
+
+
+def train_worker(payload: dict[str, Any]) -> dict[str, Any]:
+    """What every worker runs. Returns where its first weights came from."""
+    import ray.train
+    import ray.train.torch
+
+    exp = Experiment.model_validate(payload["experiment"])
+    spec = exp.pretrain
+    assert spec
+    context = ray.train.get_context()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    torch.set_num_threads(spec.compute.threads or max(1, int(spec.compute.cpus_per_worker)))
+    device = ray.train.torch.get_device()
+    corpus = stream.corpus([Artefact(Path(folder)) for folder in payload["shard_sets"]])
+    method, source = _build(spec, payload, corpus, device)
+    optimiser = torch.optim.AdamW(
+        parameter_groups(
+            method.plain_student,
+            spec.optimiser.weight_decay[0],
+            spec.optimiser.layer_decay,
+            spec.optimiser.patch_embed_lr,
+        ),
+        betas=(0.9, spec.optimiser.beta2),
+        fused=True,
+    )
+    start = _restore(method, optimiser, payload["continued"])
+    if world > 1:
+        method.student = nn.parallel.DistributedDataParallel(
+            method.plain_student,
+            device_ids=[device.index] if device.type == "cuda" else None,
+            broadcast_buffers=False,
+        )
+    batches = stream.batches(
+        corpus,
+        stream.order(exp.stream, spec.batch_size, spec.seed),
+        start=start,
+        stop=spec.steps,
+        rank=rank,
+        world=world,
+        prefetch=spec.compute.prefetch_batches,
+    )
+    journal = (
+        track.Journal(Path(payload["folder"]) / JOURNAL, uuid.uuid4().hex[:8], start) if rank == 0 else None
+    )
+    stop = Path(payload["folder"]) / STOP
+    finished = _loop(spec, method, optimiser, batches, device, world, journal, stop)
+    if journal:
+        journal.close()
+    if journal and finished:
+        card = {
+            "channels": list(corpus.channels),
+            "preprocessing_hash": payload["preprocessing_hash"],
+            "image_size": corpus.shape[-1],
+            "config": fingerprint(spec),
+        }
+        checkpoint.export(Path(payload["folder"]), method.teacher.backbone, card)
+    return asdict(source)
+
+
+def _build(
+    spec: Pretrain, payload: dict[str, Any], corpus: stream.Corpus, device: torch.device
+) -> tuple[DINOv2, checkpoint.Source]:
+    backbone, source = checkpoint.load_backbone(
+        payload["start"],
+        arch=spec.arch,
+        in_channels=corpus.shape[0] * corpus.shape[1],
+        image_size=corpus.shape[-1],
+        drop_path=spec.drop_path,
+        seed=spec.seed,
+        weights_file=Path(payload["weights_file"]) if payload["weights_file"] else None,
+    )
+    objective = method_spec(spec.crops, spec.loss)
+    torch.manual_seed(spec.seed)  # the heads' first weights: the same on every worker
+    method = DINOv2(Student(backbone.train(), objective).to(device), objective)
+    if spec.compute.compile and device.type == "cuda":
+        for network in (method.plain_student, method.teacher):
+            for block in network.backbone.vit.blocks:
+                block.compile()
+    return method, source
+
+
+def method_spec(crops: Crops, loss: Loss) -> MethodSpec:
+    return MethodSpec(
+        crops=CropSpec(**crops.model_dump()),
+        **{k: v for k, v in loss.model_dump().items() if k != "teacher_temperature"},
+    )
+
+
+def rates(spec: Optimiser, loss: Loss, steps: int, batch_size: int) -> schedules.Schedules:
+    """The schedules of a run, in steps; the learning rate scaled by the square root of the global batch."""
+    return schedules.Schedules(
+        total_steps=steps,
+        lr=schedules.scaled_lr(spec.lr, batch_size),
+        final_lr=spec.min_lr,
+        warmup_steps=round(spec.warmup * steps),
+        weight_decay=spec.weight_decay[0],
+        final_weight_decay=spec.weight_decay[1],
+        momentum=spec.momentum[0],
+        final_momentum=spec.momentum[1],
+        start_temperature=loss.teacher_temperature[0],
+        teacher_temperature=loss.teacher_temperature[1],
+        temperature_warmup_steps=round(spec.temperature_warmup * steps),
+        freeze_last_layer_steps=round(spec.freeze_last_layer * steps),
+        freeze_backbone_steps=round(spec.freeze_backbone * steps),
+    )
+
+
+def _loop(
+    spec: Pretrain,
+    method: DINOv2,
+    optimiser: torch.optim.Optimizer,
+    batches: Iterator[stream.Batch],
+    device: torch.device,
+    world: int,
+    journal: track.Journal | None,
+    stop: Path,
+) -> bool:
+    """Every step from the stream's first to its last; False when asked to stop before."""
+    schedule = rates(spec.optimiser, spec.loss, spec.steps, spec.batch_size)
+    precision = torch.bfloat16 if spec.compute.precision == "bf16" else None
+    reduce, gather = (_reduce, _gather) if world > 1 else (_identity, _identity)
+    warned = False  # of a preemption: one checkpoint is made for it
+    clock = time.perf_counter()
+    for batch in batches:
+        waited = time.perf_counter() - clock
+        now = schedule.at(batch.step)
+        schedules.apply(now, optimiser.param_groups)
+        terms = method.losses(
+            batch.stacks.to(device, non_blocking=True),
+            batch.present.to(device, non_blocking=True),
+            batch.rows,
+            batch.step,
+            seed=spec.seed,
+            teacher_temperature=now.teacher_temperature,
+            reduce=reduce,
+            gather=gather,
+            precision=precision,
+        )
+        optimiser.zero_grad(set_to_none=True)
+        terms["total"].backward()  # type: ignore[no-untyped-call]
+        norm = _clip(method.plain_student, spec.optimiser.clip)
+        optimiser.step()
+        method.update_teacher(now.momentum)
+        done = batch.step + 1
+        if journal and (done % spec.compute.log_every == 0 or done == spec.steps or batch.step == 0):
+            seconds = time.perf_counter() - clock
+            values = {f"train/{name}": float(value) for name, value in terms.items() if name != "total"}
+            values |= {"train/lr": now.lr, "train/momentum": now.momentum, "train/grad_norm": float(norm)}
+            values |= {"sys/data_wait_seconds": waited, "sys/stacks_per_second": spec.batch_size / seconds}
+            journal.metrics(batch.step, values)
+        _require_finite(terms["loss"], batch, done, spec)
+        asked = _asked(stop, done, spec, device, world)
+        leaving, preempted = asked == "leave", asked == "save" and not warned
+        warned = warned or preempted
+        if done % spec.compute.checkpoint_every == 0 or done == spec.steps or leaving or preempted:
+            awaited = done == spec.steps or leaving or preempted
+            _save(method, optimiser, done, journal is not None, awaited)
+        if leaving:
+            return done == spec.steps
+        clock = time.perf_counter()
+    return True
+
+
+def _asked(
+    stop: Path, done: int, spec: Pretrain, device: torch.device, world: int
+) -> Literal["leave", "save"] | None:
+    """Whether somebody asked to stop, or a node is about to be taken away; one answer for all workers."""
+    import ray.train
+
+    if done % spec.compute.log_every and done != spec.steps:
+        return None  # the answer costs messages between workers, and the device must wait for it
+    leave = torch.tensor([float(stop.exists())], device=device)
+    if world > 1:
+        torch.distributed.all_reduce(leave, torch.distributed.ReduceOp.MAX)
+    if leave.item():
+        return "leave"
+    return "save" if ray.train.get_preemption_info() is not None else None
+
+
+def _require_finite(loss: Tensor, batch: stream.Batch, done: int, spec: Pretrain) -> None:
+    # One host sync per log interval only: a NaN is noticed before it is checkpointed, not at every step.
+    due = (
+        done % spec.compute.log_every == 0 or done % spec.compute.checkpoint_every == 0 or done == spec.steps
+    )
+    if due and not math.isfinite(float(loss)):
+        raise UserError(
+            "NOT_FINITE",
+            f"the loss is {float(loss)} at step {batch.step} (seed {spec.seed}); lower pretrain.optimiser.lr, or set "
+            "pretrain.compute.precision=fp32",
+            exit_code=1,
+        )
+
+
+def _clip(student: Student, limit: float) -> Tensor:
+    """Clip the gradients of each module on its own (backbone, heads); returns the backbone's norm before."""
+    modules = [student.backbone, student.dino_head, *([student.ibot_head] if student.ibot_head else [])]
+    norms = [nn.utils.clip_grad_norm_(module.parameters(), limit) for module in modules]
+    return norms[0]
+
+
+def _identity(x: Tensor) -> Tensor:
+    return x
+
+
+def _reduce(x: Tensor) -> Tensor:
+    torch.distributed.all_reduce(x := x.clone())
+    return x
+
+
+def _gather(x: Tensor) -> Tensor:
+    import torch.distributed.nn.functional as collectives
+
+    return torch.cat(list(collectives.all_gather(x)))  # type: ignore[no-untyped-call]
+
+
+def _save(method: DINOv2, optimiser: torch.optim.Optimizer, done: int, writes: bool, awaited: bool) -> None:
+    """Write a checkpoint aside and hand it to Ray, which copies it while the steps go on, unless it is `awaited`."""
+    import ray.train
+    from ray.train import Checkpoint, CheckpointUploadMode
+
+    if not writes:
+        ray.train.report({"step": done})
+        return
+    folder = Path(tempfile.mkdtemp(prefix="checkpoint-"))
+    try:
+        state = {"step": done, "method": method.state_dict(), "optimiser": optimiser.state_dict()}
+        checkpoint.save_training(folder, state)
+        ray.train.report(
+            {"step": done},
+            checkpoint=Checkpoint.from_directory(folder),
+            checkpoint_upload_mode=CheckpointUploadMode.SYNC if awaited else CheckpointUploadMode.ASYNC,
+            delete_local_checkpoint_after_upload=True,
+        )
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _restore(method: DINOv2, optimiser: torch.optim.Optimizer, continued: str | None) -> int:
+    """Take up the newest whole checkpoint of this run, else of the run it continues; the step to go on with."""
+    import ray.train
+
+    if ray.train.get_checkpoint() is None:
+        folders = sorted((Path(continued) / "ray").glob("checkpoint_*")) if continued else []
+    else:
+        folders = [Path(reported.checkpoint.path) for reported in ray.train.get_all_reported_checkpoints()]
+    for folder in reversed(folders):
+        try:
+            state = checkpoint.load_training(folder)
+        except checkpoint.Damaged as damage:
+            print(f"checkpoint left out: {damage}", flush=True)
+            continue
+        method.load_state_dict(state["method"])
+        optimiser.load_state_dict(state["optimiser"])
+        return int(state["step"])
+    if folders:
+        raise UserError("CHECKPOINT", f"none of {len(folders)} checkpoints of this run is whole", 1)
+    return 0
