@@ -385,6 +385,23 @@ def run(study: Study) -> None:
             report(study, sets, pretrained, grid)
 
 
+def resume(study: Study) -> None:
+    """`run`, but no pretraining begins anew while an unfinished one differs from it in some setting."""
+    if spec := study.exp.pretrain:
+        from cranium import pretrain as stage
+
+        try:
+            sets = ingested(study, spec.cohorts)
+        except UserError as error:
+            if error.code != "NOT_INGESTED":
+                raise
+        else:
+            for init in spec.inits:
+                corpus = [_had(sets, study, cohort) for cohort in spec.cohorts]
+                stage.check_resume(study.exp, study.machine, init, corpus)
+    run(study)
+
+
 def _gate(study: Study, sets: Mapping[str, Artefact]) -> None:
     """Refuse leakage before hours are spent on training."""
     from cranium import sweep as stage
