@@ -155,7 +155,8 @@ def export(folder: Path, backbone: vit.Backbone, card: Mapping[str, Any]) -> Non
     state = {
         name: tensor.detach().cpu().float().contiguous() for name, tensor in backbone.state_dict().items()
     }
-    metadata = {"cranium": json.dumps({"arch": backbone.arch, "in_channels": backbone.in_channels, **card})}
+    form = {"arch": backbone.arch, "in_channels": backbone.in_channels, "dim": backbone.embed_dim}
+    metadata = {"cranium": json.dumps({**form, **card})}
     temporary = folder / f".{BACKBONE}.part"
     save_file(state, temporary, metadata)
     temporary.rename(folder / BACKBONE)

@@ -191,6 +191,18 @@ Arch = Literal[
 ]
 
 
+class Monitor(Frozen):
+    """A look at the teacher every so many steps of training, on a cohort that no task tests on."""
+
+    cohort: str
+    every: int = Field(1000, ge=1)  # steps
+    stacks: int = Field(600, ge=50)  # at most, spread evenly over the sessions
+    labels: tuple[str, ...] = ()  # of the cohort's card; slice position and contrast are always looked at
+    cpus: float = Field(0.0, ge=0)  # of the cluster, kept for it; 0: beside the training, on what is left
+    gpus: float = Field(0.0, ge=0)
+    threads: int = Field(1, ge=1)
+
+
 class PretrainCompute(Compute):
     precision: Literal["fp32", "bf16"] = "bf16"
     compile: bool = False
@@ -199,6 +211,7 @@ class PretrainCompute(Compute):
     log_every: int = Field(10, ge=1)
     max_failures: int = Field(2, ge=0)
     prefetch_batches: int = Field(2, ge=1)
+    monitor: Monitor | None = None  # it only looks: what comes out of the training does not depend on it
 
 
 class Pretrain(Frozen):
@@ -330,6 +343,18 @@ class Experiment(Frozen):
                 raise ValueError("stream.lanes must be a multiple of pretrain.compute.num_workers")
             if self.pretrain.batch_size % self.stream.lanes:
                 raise ValueError("pretrain.batch_size must be a multiple of stream.lanes")
+            if monitor := self.pretrain.compute.monitor:
+                wanted["pretrain.compute.monitor"] = (monitor.cohort,)
+                tested = {
+                    c
+                    for task in (self.adapt.tasks if self.adapt else ())
+                    for c in (task.cohort, *task.external)
+                }
+                if monitor.cohort in tested:
+                    raise ValueError(
+                        f"pretrain.compute.monitor looks at {monitor.cohort}, which a task tests on: what is chosen by "
+                        "its numbers would be chosen on the test"
+                    )
         for task in self.adapt.tasks if self.adapt else ():
             wanted[f"task {task.name}"] = (task.cohort, *task.external)
         for where, cohorts in wanted.items():

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 Tell = Callable[[int, int, str], None]
 Features = dict[tuple[str, str], Artefact]
+JOURNALS = ("journal", "monitor/journal")  # of a pretraining: its steps, and the looks at its teacher
 DEMO_COHORTS = ("demo_ssl", "demo", "demo_external")
 LIVE_SECONDS = (
     10.0  # how often a running pretraining is sent on to MLflow, and how often a plain log gets a line
@@ -224,13 +225,23 @@ def pretrain(study: Study, sets: Mapping[str, Artefact] | None = None) -> dict[s
         if fresh:
             _write_resolved(study, made)
             with _without(study, init), study.stage(name) as tell, cluster.connect(study.machine):
-                stage.pretrain(study.exp, study.machine, init, corpus, _live(study, init, made, tell))
+                live = _live(study, init, made, tell)
+                stage.pretrain(study.exp, study.machine, init, corpus, live, _monitored(study, sets))
         else:
             study.skipped(name)
         if made.done:
             results[init] = made
+            for alarm in made.manifest()["alarms"]:
+                study.note(f"{name}: {alarm['code']} from step {alarm['step']}: {alarm['text']}")
             _track_pretrain(study, init, made, fresh)
     return results
+
+
+def _monitored(study: Study, sets: Mapping[str, Artefact]) -> Artefact | None:
+    """The shard set the teacher is looked at on, if one is named."""
+    assert study.exp.pretrain
+    spec = study.exp.pretrain.compute.monitor
+    return _had(ingested(study, (spec.cohort,)) | dict(sets), study, spec.cohort) if spec else None
 
 
 def embed(
@@ -620,7 +631,8 @@ def _live(study: Study, init: str, made: Artefact, tell: Tell) -> Tell:
         if time.monotonic() >= state["next"]:
             with _tracking(study):
                 state["run"] = state["run"] or _pretrain_run(study, init, made)
-                _tracker(study).replay(state["run"], made.path / "journal")
+                for folder in JOURNALS:
+                    _tracker(study).replay(state["run"], made.path / folder)
             state["next"] = time.monotonic() + LIVE_SECONDS
 
     return both
@@ -632,7 +644,8 @@ def _track_pretrain(study: Study, init: str, made: Artefact, fresh: bool) -> Non
     with study.stage(f"track {init}"), _tracking(study):
         run = _pretrain_run(study, init, made)
         tracker = _tracker(study)
-        tracker.replay(run, made.path / "journal")
+        for folder in JOURNALS:
+            tracker.replay(run, made.path / folder)
         tracker.log(run, {"sys/seconds": made.manifest()["seconds"]})
         tracker.artefact(run, made.path / "resolved.yaml")
         tracker.finish(run)

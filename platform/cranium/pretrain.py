@@ -12,11 +12,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from cranium import checkpoint, store, stream, track, training
+from cranium import checkpoint, monitor, store, stream, track, training
 from cranium.config import PRETRAINED_HERE, Experiment, Machine, Pretrain, UserError, canonical
+from cranium.dinov2 import health
 from cranium.store import Artefact
 from cranium.training import JOURNAL, STOP
 
@@ -47,12 +49,17 @@ def _key(exp: Experiment, machine: Machine, init: str, shard_sets: list[Artefact
 
 
 def pretrain(
-    exp: Experiment, machine: Machine, init: str, shard_sets: list[Artefact], progress: Progress | None = None
+    exp: Experiment,
+    machine: Machine,
+    init: str,
+    shard_sets: list[Artefact],
+    progress: Progress | None = None,
+    monitored: Artefact | None = None,
 ) -> Artefact:
     """Run (or go on with) the pretraining that makes `init`; returns at once when it is done.
 
     A signal that raises in the main thread (Ctrl-C, the command line's SIGTERM) first lets the workers make one more
-    checkpoint; a second one ends it at once. Raises `UserError`.
+    checkpoint; a second one ends it at once. `monitored` is the shard set of `compute.monitor`. Raises `UserError`.
     """
     assert exp.pretrain
     made = artefact(exp, machine, init, shard_sets)
@@ -75,7 +82,8 @@ def pretrain(
     with store.lock(machine.store, made.id):
         (made.path / STOP).unlink(missing_ok=True)
         store.write_atomic(made.path / KEY, canonical(_key(exp, machine, init, shard_sets)))
-        with _watched(made.path / JOURNAL, exp.pretrain.steps, progress):
+        looks = monitor.watching(made.path, monitored, exp.pretrain.compute.monitor)
+        with _watched(made.path / JOURNAL, exp.pretrain.steps, progress), looks:
             source = _fit(exp.pretrain, spec, made.path)
         card = checkpoint.read_card(made.path)
         store.commit(
@@ -92,10 +100,17 @@ def pretrain(
                 "weights_sha256": store.sha256(made.path / checkpoint.BACKBONE),
                 "channels": card["channels"],
                 "preprocessing_hash": card["preprocessing_hash"],
+                "alarms": [asdict(alarm) for alarm in alarms(exp.pretrain, made, int(card["dim"]))],
                 "seconds": round(time.monotonic() - started, 1),
             },
         )
     return made
+
+
+def alarms(spec: Pretrain, made: Artefact, dim: int) -> list[health.Alarm]:
+    """What the journal of a run says is wrong with it, so far."""
+    entries = [(entry.step, dict(entry.metrics)) for entry in track.read_journal(made.path / JOURNAL)]
+    return health.alarms(entries, steps=spec.steps, prototypes=spec.loss.prototypes, dim=dim)
 
 
 # ---- resuming --------------------------------------------------------------------------------------------------------

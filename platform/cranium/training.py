@@ -12,16 +12,16 @@ import tempfile
 import time
 import uuid
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from cranium import checkpoint, stream, track
+from cranium import checkpoint, monitor, stream, track
 from cranium.config import Crops, Experiment, Loss, Optimiser, Pretrain, UserError, fingerprint
-from cranium.dinov2 import schedules
+from cranium.dinov2 import health, schedules
 from cranium.dinov2.crops import CropSpec
 from cranium.dinov2.method import DINOv2, MethodSpec, Student, parameter_groups
 from cranium.store import Artefact
@@ -73,19 +73,39 @@ def train_worker(payload: dict[str, Any]) -> dict[str, Any]:
     journal = (
         track.Journal(Path(payload["folder"]) / JOURNAL, uuid.uuid4().hex[:8], start) if rank == 0 else None
     )
-    stop = Path(payload["folder"]) / STOP
-    finished = _loop(spec, method, optimiser, batches, device, world, journal, stop)
+    card = {
+        "channels": list(corpus.channels),
+        "preprocessing_hash": payload["preprocessing_hash"],
+        "image_size": corpus.shape[-1],
+        "config": fingerprint(spec),
+    }
+    run = Run(Path(payload["folder"]), device, world, journal, card)
+    if start == 0:
+        _look(spec, method, run, 0)
+    finished = _loop(spec, method, optimiser, batches, run)
     if journal:
         journal.close()
     if journal and finished:
-        card = {
-            "channels": list(corpus.channels),
-            "preprocessing_hash": payload["preprocessing_hash"],
-            "image_size": corpus.shape[-1],
-            "config": fingerprint(spec),
-        }
-        checkpoint.export(Path(payload["folder"]), method.teacher.backbone, card)
+        checkpoint.export(run.folder, method.teacher.backbone, card)
     return asdict(source)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where one worker works. Only the first has a journal, and it alone writes."""
+
+    folder: Path
+    device: torch.device
+    world: int
+    journal: track.Journal | None
+    card: dict[str, Any]  # of exported backbones
+
+
+def _look(spec: Pretrain, method: DINOv2, run: Run, done: int) -> None:
+    """Leave the teacher to be looked at, where that is due."""
+    looks = spec.compute.monitor
+    if looks and run.journal and (done % looks.every == 0 or done == spec.steps):
+        monitor.leave(run.folder, done, method.teacher.backbone, run.card)
 
 
 def _build(
@@ -141,15 +161,12 @@ def _loop(
     method: DINOv2,
     optimiser: torch.optim.Optimizer,
     batches: Iterator[stream.Batch],
-    device: torch.device,
-    world: int,
-    journal: track.Journal | None,
-    stop: Path,
+    run: Run,
 ) -> bool:
     """Every step from the stream's first to its last; False when asked to stop before."""
     schedule = rates(spec.optimiser, spec.loss, spec.steps, spec.batch_size)
     precision = torch.bfloat16 if spec.compute.precision == "bf16" else None
-    reduce, gather = (_reduce, _gather) if world > 1 else (_identity, _identity)
+    reduce, gather = (_reduce, _gather) if run.world > 1 else (_identity, _identity)
     warned = False  # of a preemption: one checkpoint is made for it
     clock = time.perf_counter()
     for batch in batches:
@@ -157,8 +174,8 @@ def _loop(
         now = schedule.at(batch.step)
         schedules.apply(now, optimiser.param_groups)
         terms = method.losses(
-            batch.stacks.to(device, non_blocking=True),
-            batch.present.to(device, non_blocking=True),
+            batch.stacks.to(run.device, non_blocking=True),
+            batch.present.to(run.device, non_blocking=True),
             batch.rows,
             batch.step,
             seed=spec.seed,
@@ -173,35 +190,36 @@ def _loop(
         optimiser.step()
         method.update_teacher(now.momentum)
         done = batch.step + 1
-        if journal and (done % spec.compute.log_every == 0 or done == spec.steps or batch.step == 0):
+        if run.journal and (done % spec.compute.log_every == 0 or done == spec.steps or batch.step == 0):
             seconds = time.perf_counter() - clock
-            values = {f"train/{name}": float(value) for name, value in terms.items() if name != "total"}
+            values = {f"train/{n}": float(v) for n, v in terms.items() if n not in ("total", "teacher_cls")}
             values |= {"train/lr": now.lr, "train/momentum": now.momentum, "train/grad_norm": float(norm)}
-            values |= {"sys/data_wait_seconds": waited, "sys/stacks_per_second": spec.batch_size / seconds}
-            journal.metrics(batch.step, values)
+            values |= {"train/effective_rank": health.effective_rank(terms["teacher_cls"])}
+            values |= {"sys/data_wait_seconds": waited, "sys/data_wait_share": waited / seconds}
+            values |= {"sys/stacks_per_second": spec.batch_size / seconds}
+            run.journal.metrics(batch.step, values)
         _require_finite(terms["loss"], batch, done, spec)
-        asked = _asked(stop, done, spec, device, world)
+        asked = _asked(run, done, spec)
         leaving, preempted = asked == "leave", asked == "save" and not warned
         warned = warned or preempted
         if done % spec.compute.checkpoint_every == 0 or done == spec.steps or leaving or preempted:
             awaited = done == spec.steps or leaving or preempted
-            _save(method, optimiser, done, journal is not None, awaited)
+            _save(method, optimiser, done, run.journal is not None, awaited)
+        _look(spec, method, run, done)
         if leaving:
             return done == spec.steps
         clock = time.perf_counter()
     return True
 
 
-def _asked(
-    stop: Path, done: int, spec: Pretrain, device: torch.device, world: int
-) -> Literal["leave", "save"] | None:
+def _asked(run: Run, done: int, spec: Pretrain) -> Literal["leave", "save"] | None:
     """Whether somebody asked to stop, or a node is about to be taken away; one answer for all workers."""
     import ray.train
 
     if done % spec.compute.log_every and done != spec.steps:
         return None  # the answer costs messages between workers, and the device must wait for it
-    leave = torch.tensor([float(stop.exists())], device=device)
-    if world > 1:
+    leave = torch.tensor([float((run.folder / STOP).exists())], device=run.device)
+    if run.world > 1:
         torch.distributed.all_reduce(leave, torch.distributed.ReduceOp.MAX)
     if leave.item():
         return "leave"

@@ -46,7 +46,7 @@ def test_two_workers_do_what_one_does(two_workers: dict[str, Any], centering: st
     two, one = two_workers[centering], run(build(centering), *batch())
     for got, expected in zip(two["terms"], one["terms"], strict=True):
         assert got.keys() == expected.keys()
-        for name in expected:
+        for name in expected.keys() - {"teacher_cls"}:  # each worker's own rows
             torch.testing.assert_close(got[name], expected[name], rtol=2e-5, atol=2e-6, msg=name)
     for part in ("gradients", "state"):
         assert two[part].keys() == one[part].keys()

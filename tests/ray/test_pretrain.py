@@ -42,6 +42,7 @@ def experiment(workers: int = 1, steps: int = STEPS, drop_path: float = 0.1) -> 
                     "checkpoint_every": 8,
                     "log_every": 1,
                     "keep_checkpoints": 2,
+                    "monitor": {"cohort": "tiny", "every": 16, "stacks": 60},
                 },
             },
         }
@@ -56,7 +57,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Artefact:
 @pytest.fixture(scope="module")
 def undisturbed(ray_cluster, shards: Artefact, tmp_path_factory: pytest.TempPathFactory) -> Artefact:
     machine = Machine(store=tmp_path_factory.mktemp("undisturbed"))
-    return pretrain.pretrain(experiment(), machine, "scratch", [shards])
+    return pretrain.pretrain(experiment(), machine, "scratch", [shards], monitored=shards)
 
 
 def last_state(made: Artefact) -> dict:
@@ -79,6 +80,10 @@ def test_a_run_is_whole_and_done_once(undisturbed: Artefact, shards: Artefact):
     manifest = undisturbed.manifest()
     assert manifest["steps"] == STEPS and manifest["init"] == "scratch"
     assert [step for step, _ in journal(undisturbed)] == list(range(STEPS))
+    looks = track.read_journal(undisturbed.path / "monitor" / "journal")
+    assert [look.step for look in looks] == [0, 16, 32, STEPS]
+    assert all(set(look.metrics) == {"monitor/knn_position", "monitor/knn_contrast"} for look in looks)
+    assert not list((undisturbed.path / "monitor").rglob("*.safetensors"))
     backbone, source = checkpoint.load_backbone(
         "scratch", arch="vit_tiny_patch14", in_channels=3, image_size=28, pretrained=undisturbed
     )

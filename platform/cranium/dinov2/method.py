@@ -134,7 +134,8 @@ class DINOv2:
         `total` is to be differentiated; its gradients, averaged over workers, are those of the whole batch.
         The rest is detached and already that of the whole batch: `loss`, `dino_global`, `dino_local`, `ibot`,
         `koleo` (before their weights), and the health numbers `target_entropy` (nats), `prototypes_used`
-        (share), `feature_std` (1 / sqrt(D) for spread features, 0 for collapsed ones). `reduce` sums a tensor
+        (share), `feature_std` (1 / sqrt(D) for spread features, 0 for collapsed ones), and this worker's
+        `teacher_cls` [V_g * B, D]. `reduce` sums a tensor
         over workers; `gather` concatenates rows over workers and is differentiable (see `losses.koleo`).
         `precision`: autocast of the networks only.
         """
@@ -194,6 +195,7 @@ class DINOv2:
             "target_entropy": entropy[0] / images,
             "prototypes_used": (used > 0).float().mean(),
             "feature_std": std,
+            "teacher_cls": cls.flatten(0, 1).detach(),
         }
 
     def _masks(
