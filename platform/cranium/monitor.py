@@ -184,7 +184,7 @@ def _measure_all(folder: Path, shard_set: Artefact, spec: Monitor) -> None:
         if step.name.isdigit() and (step / checkpoint.BACKBONE).is_file() and not (step / MEASURED).is_file():
             found = ray.get(task.remote(step, shard_set.path, spec))
             store.write_atomic(step / MEASURED, json.dumps(found))
-            with track.Journal(folder / "journal", f"step{step.name}") as journal:
+            with track.Journal(folder / "journal", f"step{step.name}", resume=int(step.name)) as journal:
                 journal.metrics(int(step.name), found)
             (step / checkpoint.BACKBONE).unlink()
 
