@@ -117,6 +117,27 @@ def test_rows_of_others_are_not_even_parsed(tmp_path: Path) -> None:
     assert values == [{"age": 60.0}]
 
 
+def test_a_file_for_every_subject(tmp_path: Path) -> None:
+    for subject, dx in (("01", "CN"), ("02", "AD")):
+        folder = tmp_path / f"sub-{subject}"
+        folder.mkdir()
+        (folder / f"sub-{subject}_sessions.tsv").write_text(
+            f"session_id\tdiagnosis\nses-M000\t{dx}\nses-M012\tMCI\n"
+        )
+    spec = {
+        "file": "sub-{subject}/sub-{subject}_sessions.tsv",
+        "session": "session_id",
+        "columns": {"dx": "diagnosis"},
+    }
+    card = Card.model_validate(phantoms.card("tiny") | {"labels": {}, "groups": [], "tables": [spec]})
+    sessions = [Known("01", "M000"), Known("01", "M012"), Known("02", "M000"), Known("03", "M000")]
+    files = sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*.tsv"))
+    read, notes = clinical.join(card, None, sessions, [Folder(tmp_path, files)])
+    assert [s.values["dx"] for s in sessions] == ["CN", "MCI", "AD", None]
+    assert [p.name for p in read] == ["sub-01_sessions.tsv", "sub-02_sessions.tsv"]
+    assert notes == ("1 subjects have no row in sub-{subject}/sub-{subject}_sessions.tsv: 03",)
+
+
 # ---- dated visits ---------------------------------------------------------------------------------------------------
 
 DAYS = table(

@@ -142,7 +142,11 @@ def test_commas_quotes_and_formulas_stay_text(tmp_path: Path) -> None:
         (b"participant_id\tage\tsex\nsub-01\t1\tF\tx\n", "TABLE", "line 2: 4 cells under 3 columns"),
         (b"participant_id\tage\tsex\nsub-01\told\tF\n", "TABLE", "line 2: age `old`"),
         (b"participant_id\tyears\tsex\n", "TABLE", "no column age; it has participant_id, years, sex"),
-        (b"participant_id\tage\tsex\nsub-01\t1\tF\n01\t2\tF\n", "DUP_ID", "lines 2 and 3 differ"),
+        (
+            b"participant_id\tage\tsex\nsub-01\t1\tF\n01\t2\tF\n",
+            "DUP_ID",
+            "line 2 and participants.tsv line 3 differ",
+        ),
         (b"participant_id\tage\tsex\nsub-01\t1\t\xff\n", "TABLE", "UTF-8"),
         (b"", "TABLE", "no column"),
     ],

@@ -56,6 +56,12 @@ def test_bad_patterns(pattern: str) -> None:
         ("sub-{subject}[_acq-{acq:label}]_T1w.nii", "sub-01_T1w.nii", {"subject": "01", "acq": None}),
         ("I{subject:number}", "I12", {"subject": "12"}),
         ("I{subject:number}", "I12a", None),
+        (
+            "{subject}/{session:date}_{t}",
+            "1/2017-06-21_13_2.0",
+            {"subject": "1", "session": "2017-06-21", "t": "13_2.0"},
+        ),
+        ("{subject}/{session:date}_{t}", "1/M012_x", None),
         ("**/{subject}_T1.nii", "P1_T1.nii", {"subject": "P1"}),
         ("**/{subject}_T1.nii", "a/b/P1_T1.nii", {"subject": "P1"}),
         ("a/**/{subject}.nii", "ab/P1.nii", None),
@@ -69,7 +75,7 @@ def test_kinds_of_fields_and_any_folders(
 
 
 def test_an_unknown_kind_of_field_is_refused() -> None:
-    with pytest.raises(UserError, match="label or number, not word"):
+    with pytest.raises(UserError, match="number or date, not word"):
         compile_pattern("{subject:word}")
 
 

@@ -34,6 +34,9 @@ class Layout(Frozen):
     series: tuple[str, ...] = ()  # dicom: folders, one series each; headers tell the contrast
     descriptions: dict[Contrast, tuple[str, ...]] = {}  # dicom: regular expressions of SeriesDescription
     repeats: Literal["first", "last"] = "first"  # which of several runs (or series) of a contrast is taken
+    # What a subject is called where subjects are numbered anew in every folder: fields of the path, e.g.
+    # `{dataset}_{subject}`. None: the field `subject`.
+    subject: str | None = None
     mask: str | None = None  # brain mask; may hold {contrast} when every contrast has its own grid
     segmentation: Several = ()  # label map, the best first; on the grid of one of the scans, or in the same world
     # How the name of a session tells when it was: a regular expression that finds `day` (since entry into the study)
@@ -88,10 +91,9 @@ class Visit(Frozen):
 
     column: Several  # of days since entry, or of dates; three columns are year, month, day
     dates: Several = ()  # strptime formats of the column; () when it holds days since entry
+    missing: Several = ()  # codes of a row without a date, e.g. "-4"
     within_days: int = Field(ge=0)
-    at: str | None = (
-        None  # our column, joined before, that dates the session; None: its name does (`layout.when`)
-    )
+    at: Several = ()  # our columns, joined before, that date the session (one, or three); (): its name (`layout.when`)
 
 
 Columns = dict[str, Annotated[Column, BeforeValidator(lambda v: {"column": v} if isinstance(v, str) else v)]]
@@ -104,11 +106,11 @@ class Table(Frozen):
     fills only what those before it left absent, and may use their columns as keys.
     """
 
-    file: Several = (
-        "participants.tsv",
-    )  # names, or patterns with *, the best first; where several fit, the shallowest
+    # Names, or patterns with *, the best first; where several fit, the shallowest. One with {subject} is one file a
+    # subject, e.g. sub-{subject}/sub-{subject}_sessions.tsv; then the column `subject` is not used.
+    file: Several = ("participants.tsv",)
     sheet: str | None = None  # of a workbook; None: its first
-    layout: str | None = None  # only where the files lie in the layout of this name
+    layout: Several = ()  # only where the files lie in a layout of this name
     subject: str | None = "participant_id"  # column of subjects; None when `keys` alone tell the row
     session: str | None = None  # column of sessions; a row without one belongs to every session
     ids: str | None = (
@@ -123,6 +125,11 @@ class Table(Frozen):
     optional: bool = False  # a missing file is noted, not refused
     source: str | None = None  # public description of the columns
     unverified: bool = False
+
+    @property
+    def each(self) -> bool:
+        """Whether every subject has a file of its own."""
+        return any("{subject" in name for name in self.file)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -231,8 +238,8 @@ class Card(Frozen):
             if missing := set(self.contrasts) - found:
                 raise ValueError(f"no file pattern for {sorted(missing)} under layouts[].files")
         names = {layout.name for layout in self.layouts}
-        if unknown := {table.layout for table in self.tables} - names - {None}:
-            raise ValueError(f"tables name layouts {sorted(map(str, unknown))} that are not under `layouts`")
+        if unknown := {name for table in self.tables for name in table.layout} - names:
+            raise ValueError(f"tables name layouts {sorted(unknown)} that are not under `layouts`")
         used = {label.column for label in self.labels.values()} | set(self.groups)
         if lost := used.union([self.matched] if self.matched else []) - set(self.columns):
             raise ValueError(f"{sorted(lost)} are not among tables[].columns {sorted(self.columns)}")

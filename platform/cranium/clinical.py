@@ -5,6 +5,7 @@ Which tables there are, and what is kept of them, is declared under `tables:` in
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import re
 import unicodedata
@@ -15,6 +16,7 @@ from pathlib import Path
 
 from cranium.cards import Card, Column, Table, Visit
 from cranium.config import UserError
+from cranium.patterns import matching
 from cranium.tables import ABSENT, Cells, Folder, find, read
 
 Value = str | float | None
@@ -53,29 +55,42 @@ def join(
 
     Raises `UserError` when a table that is not optional is missing, or one cannot be read or trusted.
     """
-    read: list[Path] = []
+    used: list[Path] = []
     notes: list[str] = []
     for session in sessions:
         session.values = dict.fromkeys(name for table in card.tables for name in table.columns)
     for table in card.tables:
-        if table.layout not in (None, layout):
+        if table.layout and layout not in table.layout:
             continue
-        path = find(table.file, table.sheet, _needed(table), folders)
-        if path is None:
+        files = _files(table, folders)
+        if not files:
             missing = _missing(card, table, folders)
             if not table.optional and table.columns:
                 raise UserError("NO_TABLE", missing)
             notes += [missing] if table.columns else []
             continue
-        read.append(path)
-        notes += _Join(table, path, sessions).notes()
+        used += files.values()
+        notes += _Join(table, files, sessions).notes()
     for session in sessions:
         session.values = {name: session.values[name] for name in card.columns}
-    return tuple(dict.fromkeys(read)), tuple(notes)
+    return tuple(dict.fromkeys(used)), tuple(notes)
+
+
+def _files(table: Table, folders: Sequence[Folder]) -> dict[str, Path]:
+    """The file of a table by "", or the files of its subjects by their names."""
+    if not table.each:
+        path = find(table.file, table.sheet, _needed(table), folders)
+        return {"": path} if path else {}
+    found: dict[str, Path] = {}
+    for folder in folders:
+        for pattern in table.file:
+            for path, fields in matching(pattern, folder.files):
+                found.setdefault(fields["subject"], folder.root / path)
+    return found
 
 
 def _needed(table: Table) -> tuple[str, ...]:
-    ids = [name for name in (table.subject, table.session) if name]
+    ids = [name for name in (None if table.each else table.subject, table.session) if name]
     visit = table.visit.column if table.visit else ()
     of_columns = [name for column in table.columns.values() for name in column.needs]
     return tuple(dict.fromkeys([*ids, *table.keys, *visit, *of_columns]))
@@ -95,8 +110,8 @@ def _missing(card: Card, table: Table, folders: Sequence[Folder]) -> str:
 class _Join:
     """One table on its way to the sessions."""
 
-    def __init__(self, table: Table, path: Path, sessions: Sequence[Known]) -> None:
-        self.table, self.path = table, path
+    def __init__(self, table: Table, files: Mapping[str, Path], sessions: Sequence[Known]) -> None:
+        self.table, self.files = table, files
         self.odd: list[str] = []  # ids of another form than `ids` says
         self.without: list[Known] = []  # no row
         self.far: list[Known] = []  # no visit near enough
@@ -112,7 +127,7 @@ class _Join:
         further = [canonical(value) for value in known if value is not None]
         if len(further) < len(known):
             return []
-        subject = self._id(session.subject) if self.table.subject else ""
+        subject = self._id(session.subject) if self.table.subject or self.table.each else ""
         # By `ids` alone a row without a session belongs to the scans without one; a column `session` may be empty.
         sessions = [session.session, ""] if self.table.session or not self._told_by_ids else [session.session]
         return [(subject, name, *further) for name in dict.fromkeys(sessions)]
@@ -128,8 +143,8 @@ class _Join:
     def _rows(self, wanted: set[tuple[str, ...]]) -> dict[tuple[str, ...], list[_Row]]:
         table, found = self.table, defaultdict(list)
         expression = re.compile(table.ids) if table.ids else None
-        for line, cells in read(self.path, table.sheet, _needed(table)):
-            subject, session = cells[table.subject] if table.subject else "", ""
+        for line, cells, owner in self._lines():
+            subject, session = owner or (cells[table.subject] if table.subject else ""), ""
             if expression:
                 match = expression.fullmatch(subject.strip())
                 if match is None:
@@ -140,10 +155,15 @@ class _Join:
                 session = cells[table.session].strip().removeprefix("ses-")
             key = (self._id(subject), session, *(canonical(cells[name]) for name in table.keys))
             if key in wanted:
-                where = f"{self.path} line {line}"
+                where = f"{self.files[owner]} line {line}"
                 values = {name: value_of(name, spec, cells, where) for name, spec in table.columns.items()}
-                found[key].append(_Row(line, values, self._day(cells, where)))
+                found[key].append(_Row(where, values, self._day(cells, where)))
         return found
+
+    def _lines(self) -> Iterator[tuple[int, Cells, str]]:
+        for owner, path in self.files.items():
+            for line, cells in read(path, self.table.sheet, _needed(self.table)):
+                yield line, cells, owner
 
     def _day(self, cells: Cells, where: str) -> int | None:
         return day_of(self.table.visit, cells, where) if self.table.visit else None
@@ -166,7 +186,7 @@ class _Join:
     def _agreed(self, session: Known, rows: list[_Row]) -> _Row:
         for other in rows[1:]:
             if other.values != rows[0].values:
-                lines = f"{self.path} lines {rows[0].line} and {other.line}"
+                lines = f"{rows[0].where} and {other.where.rpartition('/')[2]}"
                 raise UserError("DUP_ID", f"{lines} differ, but both are subject {session}")
         return rows[0]
 
@@ -185,7 +205,7 @@ class _Join:
         return first
 
     def notes(self) -> Iterator[str]:
-        name = self.path.name
+        name = self.table.file[0] if self.table.each else self.files[""].name
         if self.without:
             who = list(dict.fromkeys(s.subject for s in self.without))
             yield f"{len(who)} subjects have no row in {name}: {_some(who)}"
@@ -201,7 +221,7 @@ class _Join:
 
 @dataclass(frozen=True)
 class _Row:
-    line: int
+    where: str  # file and line
     values: Mapping[str, Value]
     day: int | None
 
@@ -257,33 +277,28 @@ def _at_session(spec: Column, value: Value, session: Known) -> Value:
 def day_of(visit: Visit, cells: Cells, where: str) -> int | None:
     """When a visit was: days since entry, or a date as its ordinal; None when the row does not say."""
     text = "-".join(cells[name].strip() for name in visit.column)
-    if not text.strip("-") or text.lower() in ABSENT:
+    if not text.strip("-") or text.lower() in ABSENT or any(same(code, text) for code in visit.missing):
         return None
-    if not visit.dates:
+    if len(visit.column) == 3:
+        year, month, day = (canonical(cells[name]) for name in visit.column)
+        text = f"{year}-{month:>02}-{day:>02}"
+    return _day(text, visit.dates, where)
+
+
+def _day(text: str, formats: Sequence[str], where: str) -> int:
+    if not formats:
         try:
             return int(float(text))
         except ValueError:
             raise UserError("TABLE", f"{where}: `{text}` is no number of days") from None
-    if len(visit.column) == 3:
-        year, month, day = (canonical(part) for part in text.split("-"))
-        text = f"{year}-{month:>02}-{day:>02}"
-    return ordinal(text, visit.dates, where)
-
-
-def ordinal(text: str, formats: Sequence[str], where: str) -> int | None:
     for form in formats:
-        try:
+        with contextlib.suppress(ValueError):
             return datetime.datetime.strptime(text, form).toordinal()
-        except ValueError:
-            continue
     raise UserError("TABLE", f"{where}: `{text}` is no date of the form {' or '.join(formats)}")
 
 
 def _day_of_session(visit: Visit, session: Known) -> int | None:
-    if visit.at is None:
+    if not visit.at:
         return session.day if session.dated == bool(visit.dates) else None
-    value = session.values.get(visit.at)
-    if value is None:
-        return None
-    where = f"{visit.at} of {session}"
-    return ordinal(str(value), visit.dates, where) if visit.dates else int(float(value))
+    told = {name: str(session.values.get(name) or "") for name in visit.at}
+    return day_of(visit.model_copy(update={"column": visit.at}), told, f"the scan of {session}")

@@ -6,7 +6,6 @@ import contextlib
 import datetime
 import os
 import re
-import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -16,7 +15,7 @@ from cranium import clinical
 from cranium.cards import Card, Label, Layout
 from cranium.clinical import FLOATS, Known, Value, same
 from cranium.config import UserError
-from cranium.patterns import Match, belongs, compile_pattern
+from cranium.patterns import Match, belongs, matching
 from cranium.tables import Folder
 
 __all__ = ["FLOATS", "CohortTable", "Refused", "Scan", "Session", "Value", "label_of", "scan"]
@@ -163,20 +162,13 @@ def _claims(layout: Layout, root: Path, files: Mapping[str, int]) -> Claims:
     found: Claims = defaultdict(list)
     for contrast, patterns in layout.files.items():
         for order, pattern in enumerate(patterns):
-            for path, fields in _matching(pattern, files):
+            for path, fields in matching(pattern, files):
                 run = fields.get("run", "")
-                key = (fields["subject"], fields.get("session", ""), str(contrast))
+                subject = layout.subject.format(**fields) if layout.subject else fields["subject"]
+                key = (subject, fields.get("session", ""), str(contrast))
                 number = (int(run) if run.isdigit() else 0, run)
                 found[key].append(Match((order, number, path), fields, path))
     return {key: sorted(claims, key=lambda m: m.order) for key, claims in sorted(found.items())}
-
-
-def _matching(pattern: str, files: Iterable[str]) -> Iterator[tuple[str, dict[str, str]]]:
-    expression = compile_pattern(pattern)
-    for path in files:
-        if match := expression.fullmatch(path):
-            told = {k: v for k, v in match.groupdict().items() if v is not None}
-            yield path, {k: unicodedata.normalize("NFC", v) for k, v in told.items()}
 
 
 def _nothing_found(card: Card, raw: Path, paths: list[str]) -> str:
@@ -237,7 +229,7 @@ class _Beside:
     def __init__(self, pattern: str, files: Iterable[str]) -> None:
         self.pattern = pattern
         self.by_subject: dict[str, list[tuple[str, dict[str, str]]]] = defaultdict(list)
-        for path, fields in _matching(pattern, files):
+        for path, fields in matching(pattern, files):
             self.by_subject[fields["subject"]].append((path, fields))
 
     def file_of(self, scan: Mapping[str, str], contrast: str) -> str | None:

@@ -1,19 +1,21 @@
 """Path patterns with named fields, `sub-{subject}[/ses-{session}]/...`, and what they find.
 
-A field is `{name}`, or `{name:kind}` to hold only a `label` (letters, digits and +, as in BIDS entities) or a `number`.
+A field is `{name}`, or `{name:kind}` to hold only a `label` (letters, digits and +, as in BIDS entities), a `number` or
+a `date` (YYYY-MM-DD).
 `[...]` may be missing; `**/` stands for any folders, or none.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from cranium.config import UserError
 
 _TOKEN = re.compile(r"\{(\w+(?::\w+)?)\}|\[([^\[\]]*)\]|([^{}\[\]]+)")
-_KINDS = {"": "[^/]+?", "label": "[0-9A-Za-z+]+", "number": "[0-9]+"}
+_KINDS = {"": "[^/]+?", "label": "[0-9A-Za-z+]+", "number": "[0-9]+", "date": "[0-9]{4}-[0-9]{2}-[0-9]{2}"}
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ def compile_pattern(pattern: str) -> re.Pattern[str]:
         if name in seen:
             return f"(?P={name})"
         if kind not in _KINDS:
-            raise UserError("PATTERN", f"`{pattern}`: a field is of kind label or number, not {kind}")
+            raise UserError("PATTERN", f"`{pattern}`: a field is of kind label, number or date, not {kind}")
         seen.add(name)
         return f"(?P<{name}>{_KINDS[kind]})"
 
@@ -60,6 +62,15 @@ def compile_pattern(pattern: str) -> re.Pattern[str]:
     if "subject" not in seen:
         raise UserError("PATTERN", f"`{pattern}` has no {{subject}} field")
     return re.compile("".join(parts))
+
+
+def matching(pattern: str, files: Iterable[str]) -> Iterator[tuple[str, dict[str, str]]]:
+    """The paths that fit a pattern whole, with the fields that they give (Unicode in its composed form)."""
+    expression = compile_pattern(pattern)
+    for path in files:
+        if match := expression.fullmatch(path):
+            told = {k: v for k, v in match.groupdict().items() if v is not None}
+            yield path, {k: unicodedata.normalize("NFC", v) for k, v in told.items()}
 
 
 def belongs(found: Mapping[str, str], to: Mapping[str, str], pattern: str) -> int:
