@@ -205,7 +205,7 @@ def _write_scan(
 def card(
     cohort: str = "phantom", *, contrasts: Sequence[str] = CONTRASTS, masks: bool = True
 ) -> dict[str, Any]:
-    """The card of a tree made by `bids_tree`, ready for `config.Card.model_validate` or for `datasets/*.yaml`."""
+    """The card of a tree made by `bids_tree`, ready for `cards.Card.model_validate` or for `datasets/*.yaml`."""
     place = "sub-{subject}[/ses-{session}]/anat/sub-{subject}[_ses-{session}][_run-{run}]"
     mask = "derivatives/masks/sub-{subject}[/ses-{session}]/anat/sub-{subject}[_ses-{session}]_{contrast}_mask.nii.gz"
     return {
@@ -223,7 +223,7 @@ def card(
                 "source": "https://bids-specification.readthedocs.io",
             }
         ],
-        "participants": {"columns": {c: c for c in ("age", "sex", "site", "head", "condition")}},
+        "tables": [{"columns": {c: c for c in ("age", "sex", "site", "head", "condition")}}],
         "labels": {
             "condition": {
                 "column": "condition",

@@ -14,10 +14,10 @@ FILES = "sub-{subject}[/ses-{session}]/anat/sub-{subject}[_ses-{session}][_run-{
 MASK = "masks/sub-{subject}[_ses-{session}][_run-{run}]_{contrast}.nii.gz"
 
 
-def card(files: Any = (FILES,), mask: str | None = None, **participants: Any) -> Card:
+def card(files: Any = (FILES,), mask: str | None = None, **table: Any) -> Card:
     content = phantoms.card("tiny", contrasts=("T1w",))
     content["layouts"][0] |= {"files": {"T1w": list(files)}, "mask": mask}
-    content |= {"labels": {}, "groups": [], "participants": participants or None}
+    content |= {"labels": {}, "groups": [], "tables": [table] if table else []}
     return Card.model_validate(content)
 
 
@@ -25,6 +25,7 @@ def tree(root: Path, *paths: str, table: bytes | None = None) -> Path:
     for path in paths:
         (root / path).parent.mkdir(parents=True, exist_ok=True)
         (root / path).write_bytes(b"x" * len(path))
+    root.mkdir(parents=True, exist_ok=True)
     if table is not None:
         (root / "participants.tsv").write_bytes(table)
     return root
@@ -141,7 +142,11 @@ def test_commas_quotes_and_formulas_stay_text(tmp_path: Path) -> None:
         (b"participant_id\tage\tsex\nsub-01\t1\tF\tx\n", "TABLE", "line 2: 4 cells under 3 columns"),
         (b"participant_id\tage\tsex\nsub-01\told\tF\n", "TABLE", "line 2: age `old`"),
         (b"participant_id\tyears\tsex\n", "TABLE", "no column age; it has participant_id, years, sex"),
-        (b"participant_id\tage\tsex\nsub-01\t1\tF\n01\t2\tF\n", "DUP_ID", "lines 2 and 3 differ"),
+        (
+            b"participant_id\tage\tsex\nsub-01\t1\tF\n01\t2\tF\n",
+            "DUP_ID",
+            "line 2 and participants.tsv line 3 differ",
+        ),
         (b"participant_id\tage\tsex\nsub-01\t1\t\xff\n", "TABLE", "UTF-8"),
         (b"", "TABLE", "no column"),
     ],
@@ -172,3 +177,91 @@ def test_labels() -> None:
     label = Label(column="dx", classes={"control": ("0", "CN"), "patient": ("1",)})
     raw = ["0", "0.0", 0.0, "CN ", "1", "2", None, "cn"]
     assert [cohort.label_of(label, value) for value in raw] == [*["control"] * 4, "patient", None, None, None]
+
+
+# ---- repeats, label maps, counts ------------------------------------------------------------------------------------
+
+ACQ = "sub-{subject}/anat/sub-{subject}[_acq-{acq:label}][_run-{run}]_T1w.nii[.gz]"
+REPEATS = ("acq-b_run-1", "acq-a_run-1", "acq-a_run-2")
+
+
+def with_layout(change: dict[str, Any], **more: Any) -> Card:
+    content = card((ACQ,)).model_dump(mode="json", exclude_none=True)
+    content["layouts"][0] |= change
+    return Card.model_validate(content | more)
+
+
+@pytest.mark.parametrize(
+    ("repeats", "extra", "taken"),
+    [
+        ("first", (), "acq-a_run-1"),
+        ("last", (), "acq-a_run-2"),
+        ("first", ("T1w",), "T1w"),  # without entities, so without a run: before all others
+    ],
+)
+def test_several_acquisitions_are_repeats(
+    tmp_path: Path, repeats: str, extra: tuple[str, ...], taken: str
+) -> None:
+    names = [*(f"{entities}_T1w" for entities in REPEATS), *extra]
+    root = tree(tmp_path, *(f"sub-01/anat/sub-01_{name}.nii.gz" for name in names))
+    table = cohort.scan(with_layout({"repeats": repeats}), root)
+    (session,) = table.sessions
+    scan = session.scans["T1w"]
+    assert (
+        scan.path
+        == f"sub-01/anat/sub-01_{taken.removesuffix('_T1w')}{'' if taken == 'T1w' else '_T1w'}.nii.gz"
+    )
+    assert not table.refused and f"of {len(names)}: the " in str(scan.note)
+    assert ("lowest" in str(scan.note)) == ("run" in taken and repeats == "first")
+
+
+def test_compressed_and_plain_are_one_scan_twice(tmp_path: Path) -> None:
+    root = tree(tmp_path, *(f"sub-01/anat/sub-01_acq-a_T1w.nii{gz}" for gz in ("", ".gz")))
+    table = cohort.scan(with_layout({}), root)
+    assert [r.code for r in table.refused] == ["DUP_ID"] and table.sessions[0].scans["T1w"].note is None
+
+
+def test_the_best_label_map_is_taken_and_belongs_to_its_session(tmp_path: Path) -> None:
+    maps = ["manual/{subject}_seg.nii.gz", "auto/{subject}_approx.nii[.gz]"]
+    scans = [f"sub-{s}/anat/sub-{s}_T1w.nii.gz" for s in ("01", "02", "03")]
+    root = tree(tmp_path, *scans, "auto/01_approx.nii", "manual/01_seg.nii.gz", "auto/02_approx.nii.gz")
+    table = cohort.scan(with_layout({"segmentation": maps}, segmentation={"tumour": [1, 4]}), root)
+    assert [s.segmentation for s in table.sessions] == ["manual/01_seg.nii.gz", "auto/02_approx.nii.gz", None]
+    assert {path for path, _ in table.files} == {*scans, "manual/01_seg.nii.gz", "auto/02_approx.nii.gz"}
+
+
+def test_other_counts_than_published_are_noted(tmp_path: Path) -> None:
+    root = tree(tmp_path, *(f"sub-{s}/anat/sub-{s}_T1w.nii.gz" for s in ("01", "02")))
+    expected = {"subjects": 2, "scans": 5, "source": "a paper"}
+    assert cohort.scan(with_layout({}, expected=expected), root).notes == (
+        "2 scans found, 5 are in the published collection (a paper)",
+    )
+
+
+def test_tables_may_lie_in_a_folder_of_their_own(tmp_path: Path) -> None:
+    root = tree(tmp_path / "raw", *SCANS)
+    given = tree(tmp_path / "tables", table=b"participant_id\tage\nsub-01\t5\nsub-02\t6\n")
+    table = cohort.scan(card(columns={"age": "age"}), root, given)
+    assert [s.values["age"] for s in table.sessions] == [5.0, 6.0]
+    assert table.tables == (given.resolve() / "participants.tsv",)
+    assert "raw.tiny_tables" in error(lambda: cohort.scan(card(), root, tmp_path / "none"), "NO_RAW")
+
+
+def test_the_name_of_a_session_dates_it(tmp_path: Path) -> None:
+    scans = [f"sub-01/ses-{s}/anat/sub-01_ses-{s}_T1w.nii.gz" for s in ("d0000", "d0129", "x")]
+    root = tree(tmp_path, *scans)
+    (root / "dx.csv").write_text("id,days,dx\n01,100,MCI\n")
+    spec = {
+        "file": "dx.csv",
+        "subject": "id",
+        "visit": {"column": "days", "within_days": 90},
+        "columns": {"dx": "dx"},
+    }
+    content = card().model_dump(mode="json", exclude_none=True) | {"tables": [spec]}
+    content["layouts"][0]["when"] = r"d(?P<day>\d+)"
+    table = cohort.scan(Card.model_validate(content), root)
+    assert [(s.session, s.values["dx"]) for s in table.sessions] == [
+        ("d0000", None),
+        ("d0129", "MCI"),
+        ("x", None),
+    ]

@@ -114,7 +114,7 @@ def test_a_user_error_crosses_process_borders_whole() -> None:
     ("change", "says"),
     [
         ({"contrasts": ["T1w", "T1ce"]}, "no file pattern for ['T1ce']"),
-        ({"groups": ["family"]}, "participants.columns"),
+        ({"groups": ["family"]}, "tables[].columns"),
         ({"layouts": [{"files": {"T1w": ["x"]}}], "contrasts": ["T1w"]}, "unverified"),
         ({"name": "other"}, "make them equal"),
     ],

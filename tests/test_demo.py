@@ -341,5 +341,5 @@ def test_cards_fit_the_trees() -> None:
         card = load_card(name)
         assert card.simulated and card.access == "generated" and card.groups == ("head",)
         assert card.layouts[0].mask is not None and "{contrast}" in card.layouts[0].mask
-        assert set(card.participants.columns.values()) <= set(demo.COLUMNS)  # type: ignore[union-attr]
+        assert set(card.columns) <= set(demo.COLUMNS)
     assert set(load_card("demo").labels["condition"].classes) == set(SPEC.conditions)

@@ -366,17 +366,14 @@ def check(
             try:
                 target = read_target(path, [])
                 _labels_exist(target)
-                unverified += [
-                    n
-                    for n, card in target.cards.items()
-                    if n == path.stem and any(layout.unverified for layout in card.layouts)
-                ]
+                card = target.cards.get(path.stem)
+                unverified += [f"{path.stem}: {what}" for what in card.unverified] if card else []
             except UserError as error:
                 problems.append(str(error))
         for problem in problems:
             print(f"error CONFIG: {problem}", file=sys.stderr)
         if unverified:
-            print(f"layouts nobody could verify against the data yet: {', '.join(sorted(set(unverified)))}")
+            print("not verified by a public source:\n  " + "\n  ".join(sorted(set(unverified))))
         print(f"{len(paths)} files checked, {len(problems)} with errors")
         return Outcome(
             2 if problems else 0, {"files": len(paths), "errors": problems, "unverified": unverified}

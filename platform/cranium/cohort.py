@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-import csv
+import contextlib
+import datetime
 import os
 import re
-import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cranium.cards import Card, Label, Layout, Participants
+from cranium import clinical
+from cranium.cards import Card, Label, Layout
+from cranium.clinical import FLOATS, Known, Value, same
 from cranium.config import UserError
-from cranium.patterns import Match, compile_pattern, render
+from cranium.patterns import Match, belongs, matching
+from cranium.tables import Folder
 
-Value = str | float | None
-ABSENT = {"", "n/a", "na", "nan", "none", "null", "."}  # cells of a table that say nothing
-FLOATS = ("age",)  # columns held as numbers
+__all__ = ["FLOATS", "CohortTable", "Refused", "Scan", "Session", "Value", "label_of", "scan"]
+
+Claims = dict[tuple[str, str, str], list[Match]]  # by subject, session, contrast
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,7 @@ class CohortTable:
     sessions: tuple[Session, ...]
     refused: tuple[Refused, ...]
     files: tuple[tuple[str, int], ...]
+    tables: tuple[Path, ...]  # that labels and demographics were read from
     notes: tuple[str, ...]
 
     @property
@@ -69,41 +73,70 @@ class CohortTable:
         return {contrast: len(self.sessions) - n for contrast, n in sorted(seen.items())}
 
 
-def scan(card: Card, raw: Path) -> CohortTable:
-    """Match the card's patterns against the files below `raw`, and join the table of participants.
+def scan(card: Card, raw: Path, tables: Path | None = None) -> CohortTable:
+    """Match the card's patterns against the files below `raw`, and join its tables, found in `tables` or below `raw`.
 
-    Raises `UserError` when the folder is wrong, holds nothing that matches, or the table cannot be read.
+    Raises `UserError` when a folder is wrong, nothing matches, or a table is missing or cannot be trusted.
     """
-    if not raw.is_dir():
-        raise UserError(
-            "NO_RAW", f"{raw} is no folder; give the one that holds {card.title}: raw.{card.name}=DIR"
-        )
+    for folder in (raw, *([tables] if tables else ())):
+        if not folder.is_dir():
+            key = card.name if folder is raw else f"{card.name}_tables"
+            raise UserError(
+                "NO_RAW", f"{folder} is no folder; give the one that holds {card.title}: raw.{key}=DIR"
+            )
     root = raw.resolve()
     files = dict(_walk(root))
-    found = ((layout, _matches(layout, files)) for layout in card.layouts)
-    layout, matches = next(((layout, m) for layout, m in found if m), (card.layouts[0], {}))
-    if not matches:
+    found = ((layout, _claims(layout, root, files)) for layout in card.layouts)
+    layout, claims = next(((layout, m) for layout, m in found if m), (card.layouts[0], {}))
+    if not claims:
         raise UserError("NO_SCANS", _nothing_found(card, raw, list(files)))
-    rows = _participants(card.participants, root)
-    sessions, refused = _sessions(card, layout, matches, files, rows)
-    notes = (*_near_collisions(s.subject for s in sessions), *_without_row(card, sessions, rows))
-    return CohortTable(root, layout, sessions, refused, _identity(card, sessions, refused, files), notes)
+    sessions, refused = _sessions(layout, claims, files)
+    folders = [Folder(root, list(files))]
+    if tables:
+        folders.insert(0, Folder(tables.resolve(), [path for path, _ in _walk(tables.resolve())]))
+    known = [_known(card, layout, session, claims) for session in sessions]
+    read, notes = clinical.join(card, layout.name, known, folders)
+    sessions = tuple(replace(s, values=k.values) for s, k in zip(sessions, known, strict=True))
+    used = _identity(sessions, refused, files)
+    notes = (*_near_collisions(s.subject for s in sessions), *_off(card, sessions), *notes)
+    return CohortTable(root, layout, sessions, refused, used, read, notes)
 
 
 def label_of(label: Label, value: Value) -> str | None:
     """The class of a raw value, or None when absent or of no class. "1", "1.0" and 1.0 are one value."""
     if value is None:
         return None
-    return next(
-        (name for name, raws in label.classes.items() if any(_same(raw, value) for raw in raws)), None
-    )
+    return next((name for name, raws in label.classes.items() if any(same(raw, value) for raw in raws)), None)
 
 
-def _same(raw: str, value: str | float) -> bool:
-    try:
-        return float(raw) == float(value)
-    except ValueError:
-        return raw.strip() == str(value).strip()
+def _known(card: Card, layout: Layout, session: Session, claims: Claims) -> Known:
+    """A session as tables see it: when it was, by its name, and the fields of the path of its first scan."""
+    first = next(contrast for contrast in (*card.contrasts, *session.scans) if contrast in session.scans)
+    chosen = session.scans[first].path
+    of_first = claims[session.subject, session.session, first]
+    known = Known(session.subject, session.session, next(c.fields for c in of_first if c.path == chosen))
+    if layout.when and (when := re.search(layout.when, session.session)):
+        parts = when.groupdict()
+        if parts.get("day"):
+            known.day = int(parts["day"])
+        elif parts.get("date"):
+            with contextlib.suppress(ValueError):  # digits that are no date: the session has none
+                known.day, known.dated = datetime.date.fromisoformat(parts["date"]).toordinal(), True
+    return known
+
+
+def _off(card: Card, sessions: tuple[Session, ...]) -> Iterator[str]:
+    """How the counts differ from those of the published collection."""
+    if card.expected is None:
+        return
+    found = {
+        "subjects": len({s.subject for s in sessions}),
+        "sessions": len(sessions),
+        "scans": sum(len(s.scans) for s in sessions),
+    }
+    for what, number in found.items():
+        if (expected := getattr(card.expected, what)) not in (None, number):
+            yield f"{number} {what} found, {expected} are in the published collection ({card.expected.source})"
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------
@@ -122,31 +155,25 @@ def _walk(root: Path) -> Iterator[tuple[str, int]]:
             yield Path(path).relative_to(root).as_posix(), size
 
 
-def _matches(layout: Layout, files: Mapping[str, int]) -> dict[tuple[str, str, str], list[Match]]:
-    """(subject, session, contrast) -> files that claim it, best first."""
-    if layout.format != "nifti":
+def _claims(layout: Layout, root: Path, files: Mapping[str, int]) -> Claims:
+    """(subject, session, contrast) -> the files, or DICOM series, that claim it, best first."""
+    if layout.format == "dicom":
         raise UserError("DICOM", "DICOM folders are not read; convert them with dcm2niix and give a card")
-    found: dict[tuple[str, str, str], list[Match]] = defaultdict(list)
-    for contrast in layout.files:
-        for order, pattern in enumerate(layout.files[contrast]):
-            expression = compile_pattern(pattern)
-            for path in files:
-                if match := expression.fullmatch(path):
-                    fields = {
-                        k: unicodedata.normalize("NFC", v)
-                        for k, v in match.groupdict().items()
-                        if v is not None
-                    }
-                    run = fields.get("run", "")
-                    key = (fields["subject"], fields.get("session", ""), str(contrast))
-                    number = (int(run) if run.isdigit() else 0, run)
-                    found[key].append(Match((order, number, path), fields, path))
+    found: Claims = defaultdict(list)
+    for contrast, patterns in layout.files.items():
+        for order, pattern in enumerate(patterns):
+            for path, fields in matching(pattern, files):
+                run = fields.get("run", "")
+                subject = layout.subject.format(**fields) if layout.subject else fields["subject"]
+                key = (subject, fields.get("session", ""), str(contrast))
+                number = (int(run) if run.isdigit() else 0, run)
+                found[key].append(Match((order, number, path), fields, path))
     return {key: sorted(claims, key=lambda m: m.order) for key, claims in sorted(found.items())}
 
 
 def _nothing_found(card: Card, raw: Path, paths: list[str]) -> str:
     layout = card.layouts[0]
-    contrast, patterns = next(iter({**layout.files, "series": layout.series}.items()))
+    contrast, patterns = [*layout.files.items(), ("series", layout.series)][0]
     scans = [p for p in paths if p.endswith((".nii", ".nii.gz"))] or paths
     instead = f"it holds {len(paths)} files, such as {', '.join(scans[:3])}" if paths else "it is empty"
     return (
@@ -156,59 +183,65 @@ def _nothing_found(card: Card, raw: Path, paths: list[str]) -> str:
 
 
 def _sessions(
-    card: Card,
-    layout: Layout,
-    matches: Mapping[tuple[str, str, str], list[Match]],
-    files: Mapping[str, int],
-    rows: Mapping[tuple[str, str], Mapping[str, Value]],
+    layout: Layout, claims: Claims, files: Mapping[str, int]
 ) -> tuple[tuple[Session, ...], tuple[Refused, ...]]:
+    """Sessions without values yet; of several claims to one contrast one is taken, what else there was is told."""
+    beside = [_Beside(pattern, files) for pattern in ([layout.mask] if layout.mask else [])]
+    maps = [_Beside(pattern, files) for pattern in layout.segmentation]
     scans: dict[tuple[str, str], dict[str, Scan]] = defaultdict(dict)
     label_maps: dict[tuple[str, str], str] = {}
     refused: list[Refused] = []
-    for (subject, session, contrast), claims in matches.items():
-        first, note = claims[0], None
-        repeated = {m.path for m in claims[1:] if m.fields.get("run", "") != first.fields.get("run", "")}
-        if repeated:
-            note = (
-                f"run {first.fields.get('run') or 'without number'} taken of {1 + len(repeated)}: the lowest"
-            )
-        for other in claims[1:]:
-            if other.path not in repeated | {first.path}:
-                reason = f"{first.path} is the {contrast} of the same subject, session and run, and was taken"
+    for (subject, session, contrast), every in claims.items():
+        chosen, repeats = _chosen(layout, every)
+        for other in every:
+            if other.path not in {chosen.path, *(m.path for m in repeats)}:
+                reason = (
+                    f"{chosen.path} is the {contrast} of the same subject, session and run, and was taken"
+                )
                 refused.append(Refused(subject, session, contrast, other.path, "DUP_ID", reason))
-        mask = _beside(layout.mask, contrast, first.fields, files)
-        scans[subject, session][contrast] = Scan(contrast, first.path, mask, note)
-        if label_map := _beside(layout.segmentation, contrast, first.fields, files):
+        note = _choice(layout, chosen, 1 + len(repeats)) if repeats else None
+        mask = next(filter(None, (b.file_of(chosen.fields, contrast) for b in beside)), None)
+        scans[subject, session][contrast] = Scan(contrast, chosen.path, mask, note)
+        label_map = next(filter(None, (b.file_of(chosen.fields, contrast) for b in maps)), None)
+        if label_map:
             label_maps.setdefault((subject, session), label_map)
-    columns = card.participants.columns if card.participants else {}
-    nothing = dict.fromkeys(columns)
-    sessions = tuple(
-        Session(
-            subject,
-            session,
-            found,
-            rows.get((subject, session)) or rows.get((subject, "")) or nothing,
-            label_maps.get((subject, session)),
-        )
-        for (subject, session), found in sorted(scans.items())
-    )
-    return sessions, tuple(refused)
+    keys = sorted(scans)
+    return tuple(Session(*key, scans[key], {}, label_maps.get(key)) for key in keys), tuple(refused)
 
 
-def _beside(
-    pattern: str | None, contrast: str, fields: Mapping[str, str], files: Mapping[str, int]
-) -> str | None:
-    """The file that belongs to a scan by this pattern (a brain mask, a label map), if it is there."""
-    if pattern is None:
-        return None
-    with_run = {**fields, "contrast": contrast}
-    without_run = {k: v for k, v in with_run.items() if k != "run"}
-    tries = (render(pattern, with_run), render(pattern, without_run))
-    return next((path for path in tries if path in files), None)
+def _chosen(layout: Layout, every: list[Match]) -> tuple[Match, list[Match]]:
+    """The claim that is taken, and its repeats. The best pattern goes first, then `layout.repeats`."""
+    best = [claim for claim in every if claim.order[0] == every[0].order[0]]
+    chosen = best[0] if layout.repeats == "first" else best[-1]
+    return chosen, [m for m in every if dict(m.fields) != dict(chosen.fields)]
+
+
+def _choice(layout: Layout, chosen: Match, number: int) -> str:
+    which = ("lowest", "first") if layout.repeats == "first" else ("highest", "last")
+    if "run" in chosen.fields:
+        return f"run {chosen.fields['run']} taken of {number}: the {which[0]}"
+    return f"{chosen.path.rsplit('/', 1)[-1]} taken of {number}: the {which[1]} by run and name"
+
+
+class _Beside:
+    """Files of one pattern that belong to scans: brain masks, label maps."""
+
+    def __init__(self, pattern: str, files: Iterable[str]) -> None:
+        self.pattern = pattern
+        self.by_subject: dict[str, list[tuple[str, dict[str, str]]]] = defaultdict(list)
+        for path, fields in matching(pattern, files):
+            self.by_subject[fields["subject"]].append((path, fields))
+
+    def file_of(self, scan: Mapping[str, str], contrast: str) -> str | None:
+        fits = [
+            (-belongs(fields, {**scan, "contrast": contrast}, self.pattern), path)
+            for path, fields in self.by_subject.get(scan["subject"], ())
+        ]
+        return min((fit for fit in fits if fit[0]), default=(0, None))[1]
 
 
 def _identity(
-    card: Card, sessions: tuple[Session, ...], refused: tuple[Refused, ...], files: Mapping[str, int]
+    sessions: tuple[Session, ...], refused: tuple[Refused, ...], files: Mapping[str, int]
 ) -> tuple[tuple[str, int], ...]:
     """What the result depends on: every file that is read, with its size."""
     used = {r.path for r in refused}
@@ -226,84 +259,3 @@ def _near_collisions(subjects: Iterator[str]) -> Iterator[str]:
     for names in alike.values():
         if len(names) > 1:
             yield f"subjects {', '.join(sorted(names))} have nearly the same name; are they one person?"
-
-
-# ---- participants ---------------------------------------------------------------------------------------------------
-
-
-def _participants(spec: Participants | None, root: Path) -> dict[tuple[str, str], dict[str, Value]]:
-    """(subject, session or "") -> values by our column name. Names are matched with or without `sub-`, `ses-`."""
-    if spec is None:
-        return {}
-    path = root / spec.file
-    if not path.resolve().is_relative_to(root):
-        raise UserError("PATH_ESCAPE", f"participants.file {spec.file} leads out of {root}")
-    if not path.is_file():
-        if not spec.columns:
-            return {}
-        raise UserError(
-            "NO_TABLE", f"{path} is missing; put it there or correct `participants.file` in the card"
-        )
-    found: dict[tuple[str, str], tuple[int, dict[str, Value]]] = {}
-    for line, row in _table(
-        path, [spec.subject, *([spec.session] if spec.session else []), *spec.columns.values()]
-    ):
-        subject = unicodedata.normalize("NFC", row[spec.subject].strip().removeprefix("sub-"))
-        session = row[spec.session].strip().removeprefix("ses-") if spec.session else ""
-        values = {
-            ours: _value(ours, row[theirs], f"{path} line {line}") for ours, theirs in spec.columns.items()
-        }
-        earlier = found.setdefault((subject, session), (line, values))
-        if earlier[1] != values:
-            both = f"{subject} {session}".rstrip()
-            raise UserError(
-                "DUP_ID", f"{path} lines {earlier[0]} and {line} differ, but both are subject {both}"
-            )
-    return {key: values for key, (_, values) in found.items()}
-
-
-def _table(path: Path, needed: list[str]) -> Iterator[tuple[int, dict[str, str]]]:
-    """Line number and cells by column. BOM, CRLF and blank lines are fine; a row of another length is not."""
-    delimiter = "," if path.suffix.lower() == ".csv" else "\t"
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file, delimiter=delimiter)
-            header = next(reader, [])
-            if missing := [name for name in needed if name not in header]:
-                raise UserError(
-                    "TABLE", f"{path} has no column {', '.join(missing)}; it has {', '.join(header)}"
-                )
-            for cells in reader:
-                if not any(cell.strip() for cell in cells):
-                    continue
-                if len(cells) != len(header):
-                    found = f"{len(cells)} cells under {len(header)} columns"
-                    raise UserError("TABLE", f"{path} line {reader.line_num}: {found}")
-                yield reader.line_num, dict(zip(header, cells, strict=True))
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError("TABLE", f"{path} is no UTF-8 table ({error}); save it again as UTF-8") from error
-
-
-def _value(name: str, cell: str, where: str) -> Value:
-    text = cell.strip()
-    if text.lower() in ABSENT:
-        return None
-    if name not in FLOATS:
-        return text
-    try:
-        return float(text.removesuffix("+"))  # "89+": ages above a limit are published like this
-    except ValueError:
-        raise UserError("TABLE", f"{where}: {name} `{text}` is no number") from None
-
-
-def _without_row(
-    card: Card, sessions: tuple[Session, ...], rows: Mapping[tuple[str, str], Mapping[str, Value]]
-) -> Iterator[str]:
-    if card.participants is None:
-        return
-    lost = sorted(
-        {s.subject for s in sessions if not {(s.subject, s.session), (s.subject, "")} & rows.keys()}
-    )
-    if lost:
-        some = ", ".join(lost[:5]) + (" ..." if len(lost) > 5 else "")
-        yield f"{len(lost)} subjects have no row in {card.participants.file}: {some}"

@@ -37,7 +37,7 @@ def ingest(
     stands in the manifest's `counts`.
     """
     _check_spec(card, spec)
-    table = cohort.scan(card, raw)
+    table = _scan(card, raw, machine)
     target = _target(card, spec, table, machine)
     if target.done:
         return target
@@ -55,7 +55,11 @@ def ingest(
 
 def artefact(card: Card, raw: Path, spec: Ingest, machine: Machine) -> Artefact:
     """Where the shard set of the files below `raw` lies (it need not exist yet)."""
-    return _target(card, spec, cohort.scan(card, raw), machine)
+    return _target(card, spec, _scan(card, raw, machine), machine)
+
+
+def _scan(card: Card, raw: Path, machine: Machine) -> cohort.CohortTable:
+    return cohort.scan(card, raw, machine.raw.get(f"{card.name}_tables"))
 
 
 def _target(card: Card, spec: Ingest, table: cohort.CohortTable, machine: Machine) -> Artefact:
@@ -71,10 +75,10 @@ def _check_spec(card: Card, spec: Ingest) -> None:
         raise UserError(
             "NO_MASK", f"{card.name}: its card has no `mask` in `layouts`; add it, or set ingest.mask=otsu"
         )
-    if clash := shardset.RECORD.keys() & set(card.participants.columns if card.participants else ()):
+    if clash := shardset.RECORD.keys() & set(card.columns):
         names = ", ".join(sorted(clash))
         raise UserError(
-            "CONFIG", f"{card.name}: ingest has columns {names} of its own; rename participants.columns"
+            "CONFIG", f"{card.name}: ingest has columns {names} of its own; rename tables[].columns"
         )
 
 
@@ -84,8 +88,7 @@ def _source(spec: Ingest, channel: str) -> str:
 
 
 def _key(card: Card, spec: Ingest, table: cohort.CohortTable) -> dict[str, Any]:
-    participants = table.root / card.participants.file if card.participants else None
-    shapes = {"name", "layouts", "segmentation", "participants", "labels", "groups", "matched", "simulated"}
+    shapes = {"name", "layouts", "segmentation", "tables", "labels", "groups", "matched", "simulated"}
     return {
         "recipe": shardset.RECIPE,
         "card": card.model_dump(mode="json", include=shapes),
@@ -93,7 +96,7 @@ def _key(card: Card, spec: Ingest, table: cohort.CohortTable) -> dict[str, Any]:
         "codec": spec.codec,
         "shard_mb": spec.shard_mb,
         "files": table.files,
-        "participants": store.sha256(participants) if participants and participants.is_file() else None,
+        "tables": [store.sha256(path) for path in table.tables],
     }
 
 

@@ -1,14 +1,21 @@
-"""Path patterns with named fields, `sub-{subject}[/ses-{session}]/...`, and what they find."""
+"""Path patterns with named fields, `sub-{subject}[/ses-{session}]/...`, and what they find.
+
+A field is `{name}`, or `{name:kind}` to hold only a `label` (letters, digits and +, as in BIDS entities), a `number` or
+a `date` (YYYY-MM-DD).
+`[...]` may be missing; `**/` stands for any folders, or none.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from cranium.config import UserError
 
-_TOKEN = re.compile(r"\{(\w+)\}|\[([^\[\]]*)\]|([^{}\[\]]+)")
+_TOKEN = re.compile(r"\{(\w+(?::\w+)?)\}|\[([^\[\]]*)\]|([^{}\[\]]+)")
+_KINDS = {"": "[^/]+?", "label": "[0-9A-Za-z+]+", "number": "[0-9]+", "date": "[0-9]{4}-[0-9]{2}-[0-9]{2}"}
 
 
 @dataclass(frozen=True)
@@ -34,11 +41,14 @@ def compile_pattern(pattern: str) -> re.Pattern[str]:
     def literal_or_field(token: re.Match[str]) -> str:
         field, _, text = token.groups()
         if field is None:
-            return re.escape(text)
-        if field in seen:
-            return f"(?P={field})"
-        seen.add(field)
-        return f"(?P<{field}>[^/]+?)"
+            return r"(?:[^/]+/)*".join(map(re.escape, text.split("**/")))
+        name, _, kind = field.partition(":")
+        if name in seen:
+            return f"(?P={name})"
+        if kind not in _KINDS:
+            raise UserError("PATTERN", f"`{pattern}`: a field is of kind label, number or date, not {kind}")
+        seen.add(name)
+        return f"(?P<{name}>{_KINDS[kind]})"
 
     parts = []
     for token in _tokens(pattern):
@@ -46,7 +56,7 @@ def compile_pattern(pattern: str) -> re.Pattern[str]:
             parts.append(literal_or_field(token))
             continue
         inner = list(_tokens(token[2]))
-        known = [t[1] for t in inner if t[1] in seen]
+        known = [name for t in inner if t[1] and (name := t[1].partition(":")[0]) in seen]
         body = "".join(literal_or_field(t) for t in inner)
         parts.append(f"(?({known[0]}){body}|)" if known else f"(?:{body})?")
     if "subject" not in seen:
@@ -54,20 +64,25 @@ def compile_pattern(pattern: str) -> re.Pattern[str]:
     return re.compile("".join(parts))
 
 
-def render(pattern: str, fields: Mapping[str, str]) -> str | None:
-    """The path a pattern gives for these fields; optional parts only where their fields are; None if one is lacking."""
-    parts: list[str] = []
-    for token in _tokens(pattern):
-        field, optional, text = token.groups()
-        if optional is not None:
-            parts.append(render(optional, fields) or "")
-        elif field is not None:
-            if field not in fields:
-                return None
-            parts.append(fields[field])
-        else:
-            parts.append(text)
-    return "".join(parts)
+def matching(pattern: str, files: Iterable[str]) -> Iterator[tuple[str, dict[str, str]]]:
+    """The paths that fit a pattern whole, with the fields that they give (Unicode in its composed form)."""
+    expression = compile_pattern(pattern)
+    for path in files:
+        if match := expression.fullmatch(path):
+            told = {k: v for k, v in match.groupdict().items() if v is not None}
+            yield path, {k: unicodedata.normalize("NFC", v) for k, v in told.items()}
+
+
+def belongs(found: Mapping[str, str], to: Mapping[str, str], pattern: str) -> int:
+    """How well a file whose path gave the fields `found` fits a scan with the fields `to`; 0 if it is another scan's.
+
+    A mask without a run may belong to every run of its session, but one of another subject, session or run to none.
+    """
+    if any(to.get(name) != value for name, value in found.items()):
+        return 0
+    if "{session" in pattern and ("session" in to) != ("session" in found):
+        return 0
+    return 1 + len(found)
 
 
 def _tokens(pattern: str) -> Iterator[re.Match[str]]:

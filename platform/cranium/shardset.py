@@ -139,8 +139,7 @@ def _agree(
 
 
 def _sessions_table(card: Card, sessions: list[dict[str, Any]]) -> pa.Table:
-    columns = card.participants.columns if card.participants else ()
-    layout = RECORD | {name: pa.float64() if name in cohort.FLOATS else pa.string() for name in columns}
+    layout = RECORD | {name: pa.float64() if name in cohort.FLOATS else pa.string() for name in card.columns}
     return pa.Table.from_pylist(sessions, schema=pa.schema(list(layout.items())))
 
 
