@@ -173,6 +173,9 @@ class Optimiser(Frozen):
     min_lr: float = 1e-6
     weight_decay: tuple[float, float] = (0.04, 0.4)
     momentum: tuple[float, float] = (0.992, 1.0)
+    momentum_batch: int | None = Field(
+        None, ge=1
+    )  # the batch it was meant for: momentum ** (batch_size / this)
     layer_decay: float = Field(0.9, gt=0, le=1)
     patch_embed_lr: float = 0.2
     warmup: float = Field(0.08, ge=0, lt=1)  # share of the steps
@@ -223,6 +226,9 @@ class Pretrain(Frozen):
     drop_path: float = Field(0.0, ge=0, lt=1)
     steps: int = Field(10_000, ge=1)
     batch_size: int = Field(256, ge=1)  # global, over all workers
+    # Parts a worker's share of a batch is worked in, their gradients added up. Sinkhorn, the centre and KoLeo then see
+    # a part at a time, so this is not the loss of the whole batch, and is no setting of `compute`.
+    accumulate: int = Field(1, ge=1)
     seed: int = 0
     continue_from: str | None = (
         None  # a folder of <store>/pretrain: its last checkpoint, under these settings
@@ -237,8 +243,8 @@ class Pretrain(Frozen):
         for name in ("global_size", "local_size"):
             if getattr(self.crops, name) % 14:
                 raise ValueError(f"crops.{name} must be a multiple of the patch size 14")
-        if self.batch_size % self.compute.num_workers:
-            raise ValueError("batch_size must be a multiple of compute.num_workers")
+        if self.batch_size % (self.compute.num_workers * self.accumulate):
+            raise ValueError("batch_size must be a multiple of compute.num_workers x accumulate")
         return self
 
 

@@ -6,6 +6,7 @@ aside while the steps go on. When asked to stop it makes one more and leaves.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import shutil
 import tempfile
@@ -138,7 +139,11 @@ def method_spec(crops: Crops, loss: Loss) -> MethodSpec:
 
 
 def rates(spec: Optimiser, loss: Loss, steps: int, batch_size: int) -> schedules.Schedules:
-    """The schedules of a run, in steps; the learning rate scaled by the square root of the global batch."""
+    """The schedules of a run, in steps; rate and, if asked, momentum scaled to the global batch."""
+    start, end = (
+        schedules.scaled_momentum(m, batch_size, spec.momentum_batch) if spec.momentum_batch else m
+        for m in spec.momentum
+    )
     return schedules.Schedules(
         total_steps=steps,
         lr=schedules.scaled_lr(spec.lr, batch_size),
@@ -146,8 +151,8 @@ def rates(spec: Optimiser, loss: Loss, steps: int, batch_size: int) -> schedules
         warmup_steps=round(spec.warmup * steps),
         weight_decay=spec.weight_decay[0],
         final_weight_decay=spec.weight_decay[1],
-        momentum=spec.momentum[0],
-        final_momentum=spec.momentum[1],
+        momentum=start,
+        final_momentum=end,
         start_temperature=loss.teacher_temperature[0],
         teacher_temperature=loss.teacher_temperature[1],
         temperature_warmup_steps=round(spec.temperature_warmup * steps),
@@ -165,27 +170,14 @@ def _loop(
 ) -> bool:
     """Every step from the stream's first to its last; False when asked to stop before."""
     schedule = rates(spec.optimiser, spec.loss, spec.steps, spec.batch_size)
-    precision = torch.bfloat16 if spec.compute.precision == "bf16" else None
-    reduce, gather = (_reduce, _gather) if run.world > 1 else (_identity, _identity)
     warned = False  # of a preemption: one checkpoint is made for it
     clock = time.perf_counter()
     for batch in batches:
         waited = time.perf_counter() - clock
         now = schedule.at(batch.step)
         schedules.apply(now, optimiser.param_groups)
-        terms = method.losses(
-            batch.stacks.to(run.device, non_blocking=True),
-            batch.present.to(run.device, non_blocking=True),
-            batch.rows,
-            batch.step,
-            seed=spec.seed,
-            teacher_temperature=now.teacher_temperature,
-            reduce=reduce,
-            gather=gather,
-            precision=precision,
-        )
         optimiser.zero_grad(set_to_none=True)
-        terms["total"].backward()  # type: ignore[no-untyped-call]
+        terms = _backward(spec, method, batch, now.teacher_temperature, run)
         norm = _clip(method.plain_student, spec.optimiser.clip)
         optimiser.step()
         method.update_teacher(now.momentum)
@@ -210,6 +202,38 @@ def _loop(
             return done == spec.steps
         clock = time.perf_counter()
     return True
+
+
+def _backward(
+    spec: Pretrain, method: DINOv2, batch: stream.Batch, temperature: float, run: Run
+) -> dict[str, Tensor]:
+    """Losses of a batch and their gradients, part by part; workers exchange gradients with the last part only."""
+    reduce, gather = (_reduce, _gather) if run.world > 1 else (_identity, _identity)
+    precision = torch.bfloat16 if spec.compute.precision == "bf16" else None
+    size = len(batch.rows) // spec.accumulate
+    found: list[dict[str, Tensor]] = []
+    for number in range(spec.accumulate):
+        part = slice(number * size, (number + 1) * size)  # a view: pinned memory stays pinned
+        waits = run.world > 1 and number < spec.accumulate - 1
+        with method.student.no_sync() if waits else contextlib.nullcontext():  # type: ignore[operator]
+            terms = method.losses(
+                batch.stacks[part].to(run.device, non_blocking=True),
+                batch.present[part].to(run.device, non_blocking=True),
+                batch.rows[part],
+                batch.step,
+                seed=spec.seed,
+                teacher_temperature=temperature,
+                reduce=reduce,
+                gather=gather,
+                precision=precision,
+            )
+            (terms["total"] / spec.accumulate).backward()  # type: ignore[no-untyped-call]
+        found.append({name: term.detach() for name, term in terms.items()})
+    if len(found) == 1:
+        return found[0]
+    together = {name: torch.stack([terms[name] for terms in found]) for name in found[0]}
+    cls = together.pop("teacher_cls").flatten(0, 1)
+    return {name: values.mean(0) for name, values in together.items()} | {"teacher_cls": cls}
 
 
 def _asked(run: Run, done: int, spec: Pretrain) -> Literal["leave", "save"] | None:

@@ -34,6 +34,14 @@ def scaled_lr(base: float, global_batch: int, rule: str = "sqrt", reference: int
     raise ValueError(f"unknown learning-rate rule {rule!r}; choose sqrt, linear or none")
 
 
+def scaled_momentum(base: float, global_batch: int, reference: int) -> float:
+    """Teacher momentum for `global_batch` stacks when `base` was meant for `reference`: Busbridge et al. 2023, eq. 4.
+
+    The teacher then averages over the same number of stacks, not of steps.
+    """
+    return float(base ** (global_batch / reference))
+
+
 class Rates(NamedTuple):
     """All scheduled values at one step."""
 
