@@ -1,7 +1,7 @@
 """Where files lie: a folder of a (shared) file system, or `s3://bucket/prefix`. A write is there whole or not at all.
 
-Local paths go straight to the operating system. Object stores are spoken to through fsspec, with credentials and endpoint
-from the environment alone (`AWS_ACCESS_KEY_ID`, `AWS_ENDPOINT_URL`, ...). Objects appear whole when their upload ends.
+Local paths go straight to the operating system. Object stores are spoken to through fsspec, with credentials and
+endpoint from the environment alone (`AWS_ENDPOINT_URL`, ...). An object appears when its upload ends, whole.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def _store() -> Any:
 
 @contextlib.contextmanager
 def reachable(where: Where) -> Iterator[None]:
-    """Turn an object store's refusal, which nobody could expect, into a `UserError(S3_ACCESS)`; absence is no refusal."""
+    """Turn an object store's refusal into a `UserError(S3_ACCESS)`; that a file is absent, or there, is no refusal."""
     if not is_remote(where):
         yield
         return
@@ -64,6 +64,10 @@ def reachable(where: Where) -> Iterator[None]:
 def read(where: Where) -> bytes:
     """The bytes of a file. Raises `FileNotFoundError`."""
     return bytes(_store().cat_file(str(where))) if is_remote(where) else Path(where).read_bytes()
+
+
+def absent(where: Where) -> bool:
+    return not (_store().exists(str(where)) if is_remote(where) else Path(where).exists())
 
 
 def read_all(wheres: Sequence[Where]) -> list[bytes]:
@@ -149,12 +153,21 @@ def _put(beside: Path, where: Where, create: bool = False) -> None:
         return
     with beside.open("rb") as file:
         os.fsync(file.fileno())
-    os.link(beside, where) if create else os.replace(beside, where)
+    _create(beside, Path(where)) if create else os.replace(beside, where)
     descriptor = os.open(Path(where).parent, os.O_RDONLY)
     try:
         os.fsync(descriptor)  # the name, too
     finally:
         os.close(descriptor)
+
+
+def _create(beside: Path, path: Path) -> None:
+    try:
+        os.link(beside, path)
+    except OSError:
+        if path.exists():
+            raise FileExistsError(path) from None
+        os.replace(beside, path)  # a file system without links; the store's lock is what keeps others out
 
 
 def link(source: Where, target: Where) -> None:

@@ -56,14 +56,16 @@ def read_manifest(folder: place.Where) -> dict[str, Any]:
         ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(
-            "MANIFEST", f"{path} is damaged ({error}); restore it, or remove its folder and run the stage again"
+            "MANIFEST",
+            f"{path} is damaged ({error}); restore it, or remove its folder and run the stage again",
         ) from None
     version = manifest.get("schema_version") if isinstance(manifest, dict) else None
     if version != SCHEMA_VERSION:
         newer = isinstance(version, int) and version > SCHEMA_VERSION
         mend = "upgrade Cranium to read it" if newer else "remove its folder and run the stage again"
         raise UserError(
-            "MANIFEST_VERSION", f"{path} has schema version {version}; this Cranium reads {SCHEMA_VERSION}; {mend}"
+            "MANIFEST_VERSION",
+            f"{path} has schema version {version}; this Cranium reads {SCHEMA_VERSION}; {mend}",
         )
     return dict(manifest)
 

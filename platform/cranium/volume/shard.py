@@ -213,7 +213,7 @@ def open_file(where: Where, verify: bool = False) -> pq.ParquetFile:
 
 
 def _refuse_extensions(file: BinaryIO, where: Where) -> None:
-    """Read the footer's own bytes: `pq.ParquetFile` would already run the Python code of a registered extension type."""
+    """By the footer's own bytes: `pq.ParquetFile` would already run the Python code of a registered extension type."""
     end = file.seek(0, 2)
     file.seek(max(0, end - 8))
     tail = file.read(8)
@@ -251,10 +251,17 @@ def _metadata(layout: pa.Schema, where: str) -> dict[str, Any]:
     try:
         meta: dict[str, Any] = dict(json.loads(raw))
         found = int(meta["schema_version"])
-        if found == SCHEMA_VERSION and meta["dtype"] == "uint8" and len(meta["shape"]) == 4 and meta["channels"]:
+        if (
+            found == SCHEMA_VERSION
+            and meta["dtype"] == "uint8"
+            and len(meta["shape"]) == 4
+            and meta["channels"]
+        ):
             return meta
     except (ValueError, KeyError, TypeError) as error:
-        raise ShardError("SHARD_SCHEMA", f"{where}: its `cranium` entry cannot be read ({error!r}); {MEND}") from None
+        raise ShardError(
+            "SHARD_SCHEMA", f"{where}: its `cranium` entry cannot be read ({error!r}); {MEND}"
+        ) from None
     mend = "upgrade Cranium to read it" if found > SCHEMA_VERSION else "ingest again"
     raise ShardError(
         "SHARD_SCHEMA", f"{where} has schema version {found}, this Cranium reads {SCHEMA_VERSION}; {mend}"
