@@ -27,7 +27,6 @@ from ingests import CARD, SPEC
 pytestmark = pytest.mark.ray
 
 
-
 @pytest.fixture(scope="module")
 def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six subjects; T2w missing in three; one truncated T1w; nothing of subject 004 can be read."""
