@@ -113,9 +113,9 @@ def commit(
         **version,
     }
     store.commit(base, manifest, create=True)
-    tidy(base, manifest)
     fetch(target, base)
     trust.remember(target.path, trust.seen(base, manifest))
+    tidy(base, manifest)  # last: while `work` is there, the next ingest knows that there is something left to remove
 
 
 def tidy(base: Where, manifest: dict[str, Any]) -> None:
