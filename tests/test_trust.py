@@ -6,12 +6,13 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import ingests
 import phantoms
-from cranium import store, trust
+from cranium import cli, store, trust
 from cranium.config import Machine, UserError
 from cranium.store import Artefact
 from cranium.volume import shard
@@ -190,3 +191,52 @@ def test_a_manifest_with_other_counts_is_reported(copied: Artefact) -> None:
     manifest["counts"]["stacks"] += 1
     path.write_text(json.dumps(manifest))
     assert [p.code for p in trust.verify(copied)] == ["SHARD_ROWS"]
+
+
+# ---- cranium verify -------------------------------------------------------------------------------------------------
+
+
+def verified(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, dict[str, Any], str]:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["verify", *map(str, words), "--json"])
+    printed = capsys.readouterr()
+    return int(str(ended.value.code)), json.loads(printed.out.splitlines()[-1]), printed.err
+
+
+def test_verify_takes_a_card_or_a_folder(copied: Artefact, capsys: pytest.CaptureFixture[str]) -> None:
+    card = phantoms.write_card(copied.path.parents[1] / "datasets", "phantom")
+    store_folder = f"store={copied.path.parents[1]}"
+    for words in ((card, store_folder), (copied.path,)):
+        code, facts, errors = verified(capsys, *words)
+        assert (code, facts["sets"], facts["problems"], errors) == (0, [copied.id], [], "")
+    one, two = copied.manifest()["shards"]
+    damage(copied.path / one["file"], "missing")
+    damage(copied.path / two["file"], "flipped")
+    for words in ((card, store_folder), (copied.path,)):
+        code, facts, errors = verified(capsys, *words)
+        assert code == 1 and [p["code"] for p in facts["problems"]] == ["SHARD_MISSING", "SHARD_HASH"]
+        first, second = errors.splitlines()
+        assert first.startswith(f"error SHARD_MISSING: {copied.id}/{one['file']} ") and "restore" in first
+        assert second.startswith(f"error SHARD_HASH: {copied.id}/{two['file']} ")
+
+
+def test_verify_notes_strays_and_goes_on_past_a_bad_manifest(
+    copied: Artefact, capsys: pytest.CaptureFixture[str]
+) -> None:
+    card = phantoms.write_card(copied.path.parents[1] / "datasets", "phantom")
+    shutil.copy(first_shard(copied), copied.path / "shards" / "stray.parquet")
+    code, facts, errors = verified(capsys, copied.path)
+    assert code == 0 and errors.startswith("note SHARD_UNKNOWN")
+    other = copied.path.with_name("phantom-00000000")
+    shutil.copytree(copied.path, other)
+    (other / store.MANIFEST).write_text("{")
+    code, facts, errors = verified(capsys, card, f"store={copied.path.parents[1]}")
+    assert code == 1 and sorted(facts["sets"]) == sorted([copied.id, "ingest/phantom-00000000"])
+    assert [p["code"] for p in facts["problems"] if p["set"] != copied.id] == ["MANIFEST"]
+
+
+def test_verify_of_nothing_says_what_to_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    card = phantoms.write_card(tmp_path / "datasets", "phantom")
+    assert verified(capsys, card, f"store={tmp_path}")[1]["error"] == "NOT_INGESTED"
+    code, facts, _ = verified(capsys, tmp_path)
+    assert (code, [p["code"] for p in facts["problems"]]) == (1, ["NOT_DONE"])

@@ -291,9 +291,7 @@ def _make(
         for s, wanted in sessions
     ]
     pixels = _pixels(card, spec)
-    earlier = [
-        made for made in store.find(machine.store, "ingest") if made.manifest().get("cohort") == card.name
-    ]
+    earlier = store.find(machine.store, "ingest", card.name)
     kept = versions.keep(base, earlier, pixels, known, spec.shard_mb << 20)
     have = place.names(job.work)
     todo = [

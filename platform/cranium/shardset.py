@@ -115,7 +115,9 @@ def commit(
     store.commit(base, manifest, create=True)
     fetch(target, base)
     trust.remember(target.path, trust.seen(base, manifest))
-    tidy(base, manifest)  # last: while `work` is there, the next ingest knows that there is something left to remove
+    tidy(
+        base, manifest
+    )  # last: while `work` is there, the next ingest knows that there is something left to remove
 
 
 def tidy(base: Where, manifest: dict[str, Any]) -> None:

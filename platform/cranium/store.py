@@ -118,12 +118,10 @@ def lock(store: Path, name: str) -> Iterator[None]:
         yield
 
 
-def find(store: Path, stage: str) -> list[Artefact]:
-    """Every finished artefact of a stage, by name."""
-    folder = store / stage
-    return (
-        [Artefact(p) for p in sorted(folder.iterdir()) if (p / MANIFEST).is_file()] if folder.is_dir() else []
-    )
+def find(store: Path, stage: str, name: str = "*") -> list[Artefact]:
+    """Every finished artefact of a stage (and a name), in order."""
+    found = sorted((store / stage).glob(f"{name}-????????/{MANIFEST}"))
+    return [Artefact(path.parent) for path in found]
 
 
 def sha256(path: Path) -> str:

@@ -32,7 +32,9 @@ POINTS = 50
 class Killer:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.processes = multiprocessing.get_context("forkserver")  # no threads of this process in the forked ones
+        self.processes = multiprocessing.get_context(
+            "forkserver"
+        )  # no threads of this process in the forked ones
         self.processes.set_forkserver_preload(["kills"])
 
     def __call__(self, raw: Path, home: Path, point: int = 0) -> int:
@@ -50,7 +52,9 @@ class Killer:
 @pytest.fixture(scope="module")
 def killer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Killer]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))  # the server's preload needs it
+        patch.setenv(
+            "PYTHONPATH", os.pathsep.join(path for path in sys.path if path)
+        )  # the server's preload needs it
         yield Killer(tmp_path_factory.mktemp("told"))
 
 
@@ -101,7 +105,10 @@ def test_killed_at_random_points(killer: Killer, trees: Path, tmp_path: Path, be
         assert killer(trees / "new", home) == 0
         made = finished(home, was)
         assert ingests.content(made) == expected, point
-        assert {p.name for p in made.path.iterdir()} == {*map(lambda f: f.split("/")[0], expected), "verified.json"}
+        assert {p.name for p in made.path.iterdir()} == {
+            *map(lambda f: f.split("/")[0], expected),
+            "verified.json",
+        }
         shutil.rmtree(home)
 
 
