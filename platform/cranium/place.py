@@ -108,7 +108,12 @@ def write(where: Where, content: str | bytes, create: bool = False) -> None:
     """Write a small file. With `create` only the first of two writers succeeds, the other gets `FileExistsError`."""
     data = content.encode() if isinstance(content, str) else content
     if is_remote(where):
-        _store().pipe_file(str(where), data, mode="create" if create else "overwrite")
+        try:
+            _store().pipe_file(str(where), data, mode="create" if create else "overwrite")
+        except FileNotFoundError as error:
+            raise UserError(
+                "S3_ACCESS", f"{where} cannot be written ({error}); make the bucket first", 1
+            ) from error
         return
     Path(where).parent.mkdir(parents=True, exist_ok=True)
     with _beside(where) as beside:

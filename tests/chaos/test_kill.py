@@ -1,6 +1,6 @@
 """Row P7: an ingest killed by SIGKILL at any point leaves no visible half, and goes on to what a calm one makes.
 
-The points are the calls that change the file system (rename, link, unlink, fsync, mkdir, rmtree), before and after each,
+The points are before and after each call that changes the file system (rename, link, unlink, fsync, mkdir, rmtree),
 drawn with a seed; `test_soak` kills at random times, Ray and all.
 """
 

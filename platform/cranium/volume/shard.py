@@ -201,7 +201,8 @@ def open_file(where: Where, verify: bool = False) -> pq.ParquetFile:
             return pq.ParquetFile(where, page_checksum_verification=verify)
         import fsspec
 
-        source = fsspec.open(str(where), "rb", cache_type="none", use_listings_cache=False).open()
+        files = fsspec.filesystem(str(where).partition("://")[0], use_listings_cache=False)
+        source = files.open(str(where), "rb", cache_type="none")  # pyarrow asks for the ranges it needs
         _refuse_extensions(source, where)
         return pq.ParquetFile(source, page_checksum_verification=verify)
     except FileNotFoundError:

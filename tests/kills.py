@@ -41,3 +41,30 @@ def ingest(raw: Path, store: Path, point: int, told: Path) -> None:
         setattr(module, name, watched(getattr(module, name)))
     ingests.plainly(raw, Machine(store=store))
     told.write_text(str(passed))
+
+
+def ingest_elsewhere(raw: Path, store: Path, shards: str, point: int) -> None:
+    """The same with shards in an object store: the points are before and after every request that changes it."""
+    import s3fs
+
+    passed = 0
+
+    def step() -> None:
+        nonlocal passed
+        passed += 1
+        if passed == point:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    real = s3fs.S3FileSystem._call_s3
+
+    async def call(self: Any, method: str, *arguments: Any, **named: Any) -> Any:
+        changes = method.startswith(("put", "delete", "copy", "create", "complete", "upload"))
+        if changes:
+            step()
+        result = await real(self, method, *arguments, **named)
+        if changes:
+            step()
+        return result
+
+    s3fs.S3FileSystem._call_s3 = call
+    ingests.plainly(raw, Machine(store=store, shards=shards))
