@@ -19,7 +19,7 @@ from pydicom.uid import CTImageStorage, EnhancedMRImageStorage, ExplicitVRLittle
 
 import phantoms
 
-SHAPE = (24, 28, 20)
+SHAPE = (24, 28, 14)
 SPACING = (8.0, 8.0, 8.0)
 SECRET = "DOE^JANET"  # the name that must appear in no output
 SEQUENCES: Mapping[str, Mapping[str, Any]] = {

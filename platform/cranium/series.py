@@ -1,10 +1,10 @@
 """DICOM series below a raw folder: which one claims to be which contrast of a session, and why the others do not.
 
-The folders that fit a layout's `series` patterns are looked into (three headers each where those agree, no pixels), every
-series in them is told its contrast by `volume.contrast`, in the light of its whole study, and claims are put in order
-for the choice among repeats: by pattern, original images before derived ones, 3D before 2D acquisitions, then by time of
-acquisition (by series number where a time is missing). The first or the last of the best kind is taken, as the
-layout's `repeats` says.
+The folders that fit a layout's `series` patterns are looked into (four headers each where those agree, no pixels),
+every series in them is told its contrast by `volume.contrast`, in the light of its whole study, and claims are put in
+order for the choice among repeats: by pattern, original images before derived ones, 3D before 2D acquisitions, then by
+time of acquisition (by series number where a time is missing). The first or the last of the best kind is taken, as
+the layout's `repeats` says.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -62,6 +62,10 @@ class _Series:
     def who(self) -> tuple[str, str]:
         return self.fields["subject"], self.fields.get("session", "")
 
+    @property
+    def study(self) -> tuple[str, str]:
+        return self.fields["subject"], self.header.study or self.who[1]
+
     def refusal(self, code: str, reason: str, contrast: str = "") -> Refusal:
         return Refusal(*self.who, contrast, self.path, code, reason)
 
@@ -78,8 +82,8 @@ def matches(layout: Layout, root: Path, files: Mapping[str, int], progress: Prog
             refused.append(Refusal(*who, "", folder, read.code, read.reason))
             continue
         for header in read:
-            uid = header.uid if len(read) > 1 else ""
-            found.append(_Series(header, dicom.name(folder, uid, header.echo), pattern, fields))
+            path = dicom.name(folder, header.uid, header.echo, alone=len(read) == 1)
+            found.append(_Series(header, path, pattern, fields))
     told = _told(layout, found)
     refused += [s.refusal(d.code, d.reason) for s, d in told if d.contrast is None]
     groups: dict[Key, list[_Series]] = defaultdict(list)
@@ -138,17 +142,9 @@ def _told(layout: Layout, found: list[_Series]) -> list[tuple[_Series, Decision]
     """Every series with its contrast or why it has none, judged among all series of its study."""
     studies: dict[tuple[str, str], list[Header]] = defaultdict(list)
     for one in found:
-        studies[one.fields["subject"], one.header.study or one.who[1]].append(one.header)
+        studies[one.study].append(one.header)
     descriptions = {str(contrast): patterns for contrast, patterns in layout.descriptions.items()}
-    return [
-        (
-            one,
-            classify(
-                one.header, descriptions, studies[one.fields["subject"], one.header.study or one.who[1]]
-            ),
-        )
-        for one in found
-    ]
+    return [(one, classify(one.header, descriptions, studies[one.study])) for one in found]
 
 
 def _of_one_day(

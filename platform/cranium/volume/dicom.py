@@ -37,10 +37,11 @@ UNEVEN_MM, UNEVEN = (
     0.1,
 )  # how far an image may lie off its place: mm (rounded headers), and share of the distance
 GAP = 1.5  # times the usual distance: a slice is missing
-APART, NOTED_APART = (
-    0.25,
-    0.05,
-)  # voxels: how far the converted grid may lie from that of the headers; is noted
+APART = 0.25  # voxels: how far the converted grid may lie from that of the headers
+STRETCH, NOTED_STRETCH = (
+    0.5,
+    0.005,
+)  # share by which its distance of images may differ from their mean; is noted
 OPTIONS = (
     *("-ba", "y", "-b", "y"),  # a sidecar without identity (what it leaves all the same is dropped below)
     *("-z", "n", "-f", "fixed", "-w", "0"),
@@ -77,9 +78,9 @@ class _Files:
     ignored: int
 
 
-def name(folder: str, uid: str = "", echo: float | None = None) -> str:
-    """The path of a series; with a `uid` where its folder holds others too, with an `echo` where it has several."""
-    if not uid and not _NAME.fullmatch(folder):
+def name(folder: str, uid: str, echo: float | None = None, *, alone: bool) -> str:
+    """The path of a series: its folder where it is `alone` there, else with its key, and its echo if it has several."""
+    if alone and not _NAME.fullmatch(folder):
         return folder
     return f"{folder}#{key(uid)}" + (f"@{echo:g}" if echo is not None else "")
 
@@ -266,22 +267,28 @@ def _sidecar(path: Path) -> dict[str, Any]:
 def _agreed(volume: Volume, affine: NDArray[np.float64], shape: tuple[int, int, int]) -> Volume:
     """The volume on the grid of the headers, in dcm2niix's storage order (axes may be turned or swapped).
 
-    dcm2niix takes the distance of the first two images for all of them; headers rounded to 0.1 mm make that 1 % wrong.
+    dcm2niix takes the distance of the first two images for all of them: where headers are rounded to 0.1 mm that
+    stretches the head. So the distance is left to the headers, and everything else must agree.
     """
     turn = np.linalg.inv(affine) @ volume.affine  # index to index
     exact = np.rint(turn)
+    axis = int(np.abs(turn[2, :3]).argmax())  # the volume's axis across the images
+    stretch = abs(float(turn[2, axis]))
+    if 1 - STRETCH < stretch < 1 + STRETCH:
+        if turn[2, axis] < 0:
+            turn[2, 3] -= (shape[2] - 1) * (stretch - 1)
+        turn[:, axis] /= stretch
+        exact = np.rint(turn)
     corners = np.array(np.meshgrid(*[(0, n - 1) for n in volume.data.shape], indexing="ij")).reshape(3, -1)
     apart = np.abs((turn - exact)[:3, :3] @ corners + (turn - exact)[:3, 3:]).max()
     reached = exact[:3, :3] @ corners + exact[:3, 3:]
     same = np.array_equal(reached.min(axis=1), [0, 0, 0]) and np.array_equal(reached.max(axis=1) + 1, shape)
     if not same or apart > APART:
-        reason = f"dcm2niix gives {volume.data.shape} voxels, {apart:.2f} voxels from where the headers of {shape} put them"
-        raise Rejected("CONVERT_FAILED", reason)
+        off = f"{apart:.2f} voxels from where the headers of {shape} put them"
+        raise Rejected("CONVERT_FAILED", f"dcm2niix gives {volume.data.shape} voxels, {off}")
     notes = volume.notes
-    if apart > NOTED_APART:
+    if abs(stretch - 1) > NOTED_STRETCH:
         notes += (
-            Note(
-                "SPACING_ODD", f"uneven slice distances: up to {apart:.2f} voxels are set right by their mean"
-            ),
+            Note("SPACING_ODD", f"uneven distances of the images, their mean was taken: {stretch - 1:+.1%}"),
         )
     return replace(volume, affine=affine @ exact, notes=notes)

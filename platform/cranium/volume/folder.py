@@ -46,12 +46,12 @@ def content(path: Path, root: Path, max_bytes: int) -> bytes:
 def read_header(folder: Path, root: Path) -> tuple[Header, ...]:
     """The series of a folder, one entry for each (and for each echo of one), in the order of its files.
 
-    Where the first, middle and last image agree, the folder is taken to hold their series only, and conversion, which
-    reads every header, rejects it if that was wrong; else every header is read. Raises `Rejected`.
+    Where the first two, the middle and the last image agree, the folder is taken to hold their series only, and
+    conversion, which reads every header, rejects it if that was wrong; else every header is read. Raises `Rejected`.
     """
     listed = names(folder)
-    ends = [_first(folder, order, root) for order in (listed, listed[len(listed) // 2 :], listed[::-1])]
-    found = [image for image in ends if image is not None]
+    starts = (listed, listed[1:], listed[len(listed) // 2 :], listed[::-1])
+    found = [image for order in starts if (image := _first(folder, order, root)) is not None]
     if not found:
         raise Rejected("NOT_DICOM", f"none of its {len(listed)} files is a DICOM image")
     if len({(i.header.uid, i.header.image_type, *_echoes([i])) for i in found}) > 1:
