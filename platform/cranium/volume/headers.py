@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 
 import pydicom
 from pydicom import config
+from pydicom.tag import Tag
 from pydicom.uid import UID
 
 from cranium.volume.quality import Rejected
@@ -46,7 +47,7 @@ TOP = (
     "BurnedInAnnotation SamplesPerPixel NumberOfFrames Rows Columns BitsAllocated SharedFunctionalGroupsSequence "
     "PerFrameFunctionalGroupsSequence"
 )
-TAGS = [*TOP.split(), *GROUPS, *sorted(set(GROUPS.values()))]
+TAGS = [Tag(keyword) for keyword in (*TOP.split(), *GROUPS, *sorted(set(GROUPS.values())))]
 
 
 @dataclass(frozen=True)
