@@ -6,8 +6,11 @@ from typing import Any
 import pytest
 
 import dicoms
-from cranium import series
-from cranium.cards import Layout
+import phantoms
+from cranium import cohort, series
+from cranium.cards import Card, Layout
+from cranium.config import UserError
+from cranium.volume import normalise
 
 SMALL = (8, 8, 4)
 
@@ -47,6 +50,7 @@ def test_a_tcia_download(tmp_path: Path) -> None:
     assert len(told.refused) == 8  # one for each series: with the claims, they add up to the 16 there are
     assert [step[:2] for step in said] == [(i, 16) for i in range(1, 17)]
     assert told.notes == (
+        "8 DICOM series are of another kind than a cohort's scans: 2 DERIVED, 2 LOCALIZER, 2 NOT_MR, 2 NOT_STRUCTURAL",
         "AGENT_SILENT, 2 DICOM series: T1w because nothing in its study tells of contrast agent before it; such as "
         "UPENN-GBM/UPENN-GBM-00001/01-02-2020-NA-BRAIN ROUTINE-10000/2.000000-t1 axial-20002",
     )
@@ -160,3 +164,52 @@ def test_no_more_is_read_than_headers_of_few_files(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(folder, "look", lambda path, root: looked.append(path) or real(path, root))
     assert found(tmp_path, "{subject}/{series}").claims
     assert len(looked) == 4 < dicoms.SHAPE[2]
+
+
+# ---- in a cohort ----------------------------------------------------------------------------------------------------
+
+
+def card(*patterns: str, **more: Any) -> Card:
+    content = phantoms.card("tiny", contrasts=("T1w", "T1ce", "T2w", "FLAIR"))
+    content |= {"layouts": [layout(*patterns, **more)], "labels": {}, "groups": [], "tables": []}
+    return Card.model_validate({k: v for k, v in content.items() if k != "participants"})
+
+
+def test_a_cohort_of_dicom_series(tmp_path: Path) -> None:
+    dicoms.nbia_tree(tmp_path, num_subjects=1)
+    late = {"number": 9, "time": "130000", "subject": "UPENN-GBM-00001", "shape": SMALL}
+    study = "UPENN-GBM/UPENN-GBM-00001/01-02-2020-NA-BRAIN ROUTINE-10000"
+    dicoms.series(tmp_path / study / "9.000000-AX FLAIR-20009", "flair", **late)
+    pattern = "UPENN-GBM/{subject}/{session}/{series}"
+    table = cohort.scan(card(pattern), tmp_path)
+    (session,) = table.sessions
+    assert {c: s.path.rsplit("/", 1)[1].split(".")[0] for c, s in session.scans.items()} == {
+        "FLAIR": "3",
+        "T1ce": "7",
+        "T1w": "2",
+        "T2w": "4",
+    }
+    assert session.scans["FLAIR"].note and not session.scans["T1w"].note
+    assert sorted(r.code for r in table.refused) == ["DERIVED", "LOCALIZER", "NOT_MR", "NOT_STRUCTURAL"]
+    assert any(note.startswith("4 DICOM series are of another kind") for note in table.notes)
+    last = cohort.scan(card(pattern, repeats="last"), tmp_path)
+    assert last.sessions[0].scans["FLAIR"].path.endswith("20009")
+    assert last.files != table.files, "what is read is what counts"
+    grown = tmp_path / table.sessions[0].scans["T1w"].path / "1-05.dcm"
+    grown.write_bytes(grown.read_bytes() + b"\0\0")
+    assert cohort.scan(card(pattern), tmp_path).files != table.files
+
+
+def test_a_series_is_read_where_a_file_is(tmp_path: Path) -> None:
+    dicoms.series(tmp_path / "scan", "t2")
+    wanted = {"T2w": normalise.Wanted("scan"), "FLAIR": normalise.Wanted("scan#0123456789ab")}
+    volumes, scans, rejected = normalise.read_scans(tmp_path, wanted, False)
+    assert volumes["T2w"].acquisition["te_ms"] == 80.0 and scans["T2w"].brain.any()
+    assert rejected["FLAIR"].code == "NOT_DICOM"
+
+
+def test_a_tree_without_any_scan_says_what_it_holds(tmp_path: Path) -> None:
+    dicoms.series(tmp_path / "P1" / "a", "dwi", shape=SMALL)
+    with pytest.raises(UserError, match="1 NOT_STRUCTURAL") as error:
+        cohort.scan(card("{subject}/{series}"), tmp_path)
+    assert error.value.code == "NO_SCANS"

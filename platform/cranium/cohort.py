@@ -44,7 +44,7 @@ class Session:
 
 @dataclass(frozen=True)
 class Refused:
-    """A file that matches the card but cannot be told apart from another."""
+    """A file or DICOM series that matches the card and is not used; no contrast where none was told."""
 
     subject: str
     session: str
@@ -73,7 +73,9 @@ class CohortTable:
         return {contrast: len(self.sessions) - n for contrast, n in sorted(seen.items())}
 
 
-def scan(card: Card, raw: Path, tables: Path | None = None) -> CohortTable:
+def scan(
+    card: Card, raw: Path, tables: Path | None = None, progress: series.Progress | None = None
+) -> CohortTable:
     """Match the card's patterns against the files below `raw`, and join its tables, found in `tables` or below `raw`.
 
     Raises `UserError` when a folder is wrong, nothing matches, or a table is missing or cannot be trusted.
@@ -86,13 +88,16 @@ def scan(card: Card, raw: Path, tables: Path | None = None) -> CohortTable:
             )
     root = raw.resolve()
     files = dict(_walk(root))
-    every = ((layout, _claimed(layout, root, files)) for layout in card.layouts)
-    layout, claimed = next(
-        ((one, found) for one, found in every if found.claims), (card.layouts[0], _Claimed({}))
-    )
-    if not claimed.claims:
-        raise UserError("NO_SCANS", _nothing_found(card, raw, list(files)))
+    unused: Counter[str] = Counter()
+    for layout in card.layouts:
+        claimed = _claimed(layout, root, files, progress)
+        if claimed.claims:
+            break
+        unused.update(refusal.code for refusal in claimed.refused)
+    else:
+        raise UserError("NO_SCANS", _nothing_found(card, raw, list(files), unused))
     sessions, refused = _sessions(layout, claimed.claims, files)
+    refused += claimed.refused
     folders = [Folder(root, list(files))]
     if tables:
         folders.insert(0, Folder(tables.resolve(), [path for path, _ in _walk(tables.resolve())]))
@@ -102,7 +107,7 @@ def scan(card: Card, raw: Path, tables: Path | None = None) -> CohortTable:
     used = _identity(sessions, refused, files)
     alike = _near_collisions(s.subject for s in sessions)
     notes = (*alike, *_off(card, sessions), *claimed.notes, *notes)
-    return CohortTable(root, layout, sessions, (*refused, *claimed.refused), used, read, notes)
+    return CohortTable(root, layout, sessions, refused, used, read, notes)
 
 
 def label_of(label: Label, value: Value) -> str | None:
@@ -167,9 +172,11 @@ class _Claimed:
     notes: tuple[str, ...] = ()
 
 
-def _claimed(layout: Layout, root: Path, files: Mapping[str, int]) -> _Claimed:
+def _claimed(
+    layout: Layout, root: Path, files: Mapping[str, int], progress: series.Progress | None
+) -> _Claimed:
     if layout.format == "dicom":
-        told = series.matches(layout, root, files)
+        told = series.matches(layout, root, files, progress)
         return _Claimed(told.claims, tuple(Refused(*refusal) for refusal in told.refused), told.notes)
     found: Claims = defaultdict(list)
     for contrast, patterns in layout.files.items():
@@ -183,7 +190,10 @@ def _claimed(layout: Layout, root: Path, files: Mapping[str, int]) -> _Claimed:
     return _Claimed({key: sorted(claims, key=lambda m: m.order) for key, claims in sorted(found.items())})
 
 
-def _nothing_found(card: Card, raw: Path, paths: list[str]) -> str:
+def _nothing_found(card: Card, raw: Path, paths: list[str], unused: Mapping[str, int]) -> str:
+    if unused:
+        codes = ", ".join(f"{number} {code}" for code, number in sorted(unused.items()))
+        return f"no DICOM series below {raw} can be used as a scan of {card.name}: {codes}; see docs/dicom.md"
     layout = card.layouts[0]
     contrast, patterns = [*layout.files.items(), ("series", layout.series)][0]
     scans = [p for p in paths if p.endswith((".nii", ".nii.gz"))] or paths

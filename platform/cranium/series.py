@@ -9,8 +9,7 @@ the layout's `repeats` says.
 
 from __future__ import annotations
 
-import unicodedata
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,12 +17,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cranium.cards import Layout
-from cranium.patterns import Match, compile_pattern
+from cranium.patterns import Match, matching
 from cranium.volume import dicom
 from cranium.volume.contrast import Decision, classify
 from cranium.volume.folder import read_header
 from cranium.volume.headers import Header
-from cranium.volume.quality import NOTES, Rejected
+from cranium.volume.quality import ASIDE, NOTES, Rejected
 
 Progress = Callable[[int, int, str], None]
 Key = tuple[str, str, str]  # subject, session, contrast
@@ -93,7 +92,7 @@ def matches(layout: Layout, root: Path, files: Mapping[str, int], progress: Prog
     paths = {match.path for group in claims.values() for match in group}
     used = [(one, decision) for one, decision in told if one.path in paths]
     reasons = {one.path: decision.reason for one, decision in used}
-    return Found(claims, tuple(sorted(refused)), reasons, tuple(_notes(used)))
+    return Found(claims, tuple(sorted(refused)), reasons, (*_aside(refused), *_notes(used)))
 
 
 def identity(paths: Iterable[str], files: Mapping[str, int]) -> Iterator[tuple[str, int]]:
@@ -110,16 +109,13 @@ def _parent(path: str) -> str:
 
 def _folders(layout: Layout, files: Iterable[str]) -> dict[str, tuple[int, dict[str, str]]]:
     """The folders that hold files and fit a pattern (the first that fits), with what their path tells."""
-    expressions = [compile_pattern(pattern) for pattern in layout.series]
+    holding = sorted({_parent(path) for path in files})
     found: dict[str, tuple[int, dict[str, str]]] = {}
-    for folder in sorted({_parent(path) for path in files}):
-        fits = ((i, m) for i, e in enumerate(expressions) if (m := e.fullmatch(folder)))
-        if first := next(fits, None):
-            told = {
-                k: unicodedata.normalize("NFC", v) for k, v in first[1].groupdict().items() if v is not None
-            }
-            found[folder] = first[0], told
-    return found
+    for index, pattern in enumerate(layout.series):
+        for folder, fields in matching(pattern, holding):
+            subject = layout.subject.format(**fields) if layout.subject else fields["subject"]
+            found.setdefault(folder, (index, {**fields, "subject": subject}))
+    return dict(sorted(found.items()))
 
 
 def _read(
@@ -191,6 +187,13 @@ def _ordered(contrast: str, group: list[_Series], refused: list[Refusal]) -> lis
             Match((kind(one), (rank, str(rank)), one.path), {**one.fields, "run": str(rank)}, one.path)
         )
     return claims
+
+
+def _aside(refused: list[Refusal]) -> Iterator[str]:
+    counts = Counter(refusal.code for refusal in refused if refusal.code in ASIDE)
+    if counts:
+        told = ", ".join(f"{number} {code}" for code, number in sorted(counts.items()))
+        yield f"{counts.total()} DICOM series are of another kind than a cohort's scans: {told}"
 
 
 def _notes(used: list[tuple[_Series, Decision]]) -> Iterator[str]:

@@ -52,6 +52,9 @@ REJECTIONS: Mapping[str, str] = {
     "CONVERT_SEVERAL": "dcm2niix made several volumes of one series",
     "SESSION_MIXED": "a scan of another day than the rest of its session",
 }
+# Of DICOM series that are no scan a cohort could ask for: told, but no more an input that failed than a file that fits
+# no pattern of a NIfTI layout is.
+ASIDE = frozenset({"NOT_MR", "LOCALIZER", "DERIVED", "NOT_STRUCTURAL"})
 NOTES: Mapping[str, str] = {
     "SCALE_ODD": "intensity slope zero or undefined (taken as unscaled), or negative",
     "SPACING_ODD": "unusual voxel spacing, or spacing and affine disagree",
