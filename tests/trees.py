@@ -7,6 +7,7 @@ included, and tells what a scan must find there. Volumes are tiny heads of `phan
 from __future__ import annotations
 
 import csv
+import datetime
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import openpyxl
 
+import dicoms
 import phantoms
 
 SHAPE, SPACING = (12, 14, 10), (16.0, 16.0, 16.0)
@@ -39,8 +41,11 @@ class Expected:
     card: str
     sessions: Mapping[tuple[str, str], Found]
     layout: str | None = None
-    notes: tuple[str, ...] = ()  # whole, in any order, but for the counts of the published collection
+    notes: tuple[
+        str, ...
+    ] = ()  # how they begin, in any order, but for the counts of the published collection
     counts: int = 0  # how many notes compare counts
+    refused: tuple[tuple[str, str], ...] = ()  # code and last part of the path of what is used for nothing
 
 
 def scan(path: Path, contrast: str, seed: int = 0) -> None:
@@ -354,6 +359,211 @@ def nifd_clinica(root: Path) -> Expected:
     )
 
 
+# ---- DICOM of LONI: CoBrALab's ADNI page, Clinica's converters of ADNI, AIBL and NIFD -------------------------------
+
+
+def dicom(
+    folder: Path, sequence: str, subject: str, date: str, time: str, number: int, seed: int = 0, **more: Any
+) -> None:
+    """One series in a folder of its own; `date` as YYYY-MM-DD or MM-DD-YYYY."""
+    parts = date.split("-")
+    stamp = "".join(parts) if len(parts[0]) == 4 else parts[2] + parts[0] + parts[1]
+    dicoms.series(
+        folder,
+        sequence,
+        seed=seed,
+        subject=subject,
+        study=stamp,
+        number=number,
+        time=time,
+        date=stamp,
+        shape=SHAPE,
+        spacing=SPACING,
+        **more,
+    )
+
+
+def _loni(
+    root: Path, project: str, subject: str, date: str, series: Sequence[tuple[str, str, str]], seed: int = 0
+) -> None:
+    """project/subject/description/date_time/image/*.dcm, as the archive packs a collection."""
+    for number, (sequence, description, time) in enumerate(series, 1):
+        clock = f"{time[:2]}_{time[2:4]}_{time[4:]}.0"
+        image = f"I{100000 + 1000 * seed + number}"
+        folder = root / project / subject / description / f"{date}_{clock}" / image
+        name = f"{project}_{subject}_MR_{description}_br_raw_20180302130514878_{{}}_S{66000 + number}_{image}.dcm"
+        text = description.replace("_", " ")
+        dicom(folder, sequence, subject, date, time, number, seed, name=name, SeriesDescription=text)
+
+
+COLLECTION = (
+    "Image Data ID", "Subject", "Group", "Sex", "Age", "Visit", "Modality", "Description", "Type", "Acq Date", "Format",
+    "Downloaded",
+)  # fmt: skip
+
+
+def adni(root: Path) -> Expected:
+    """Two visits of one, a repeated MPRAGE, a localizer, and a diagnosis per visit; a list of the collection beside."""
+    first = (
+        ("localizer", "localizer", "120001"),
+        ("mprage", "MPRAGE", "123152"),
+        ("mprage", "MPRAGE_REPEAT", "124001"),
+        ("flair", "Axial_T2-FLAIR", "130101"),
+    )
+    _loni(root, "ADNI", "002_S_0413", "2006-05-02", first)
+    _loni(root, "ADNI", "002_S_0413", "2017-06-21", (("mprage", "Accelerated_Sagittal_MPRAGE", "132338"),), 1)
+    _loni(root, "ADNI", "005_S_0221", "2006-01-10", (("mprage", "MPRAGE", "101112"),), 2)
+    rows = [
+        {
+            "Image Data ID": "I100002",
+            "Subject": "002_S_0413",
+            "Sex": "F",
+            "Age": 76,
+            "Modality": "MRI",
+            "Acq Date": "5/02/2006",
+        },
+        {
+            "Image Data ID": "I100003",
+            "Subject": "002_S_0413",
+            "Sex": "F",
+            "Age": 76,
+            "Modality": "MRI",
+            "Acq Date": "5/02/2006",
+        },
+        {
+            "Image Data ID": "I101001",
+            "Subject": "002_S_0413",
+            "Sex": "F",
+            "Age": 87,
+            "Modality": "MRI",
+            "Acq Date": "6/21/2017",
+        },
+        {
+            "Image Data ID": "I102001",
+            "Subject": "005_S_0221",
+            "Sex": "M",
+            "Age": 68,
+            "Modality": "MRI",
+            "Acq Date": "1/10/2006",
+        },
+    ]
+    table(root / "everyone_3_01_2024.csv", _columns(COLLECTION, rows))
+    table(
+        root / "All_Subjects_DXSUM_26Sep2024.csv",
+        "PHASE,PTID,RID,VISCODE,EXAMDATE,DIAGNOSIS\n"
+        "ADNI1,002_S_0413,413,bl,2006-05-19,1\nADNI1,002_S_0413,413,m12,2007-06-01,1\nADNI3,002_S_0413,413,y1,2017-08-01,2\n"
+        "ADNI1,005_S_0221,221,bl,2006-01-05,3\nADNI1,005_S_0221,221,m06,2006-01-15,2\n",
+    )
+    taken = "ADNI/002_S_0413/MPRAGE/2006-05-02_12_31_52.0/I100002"
+    return Expected(
+        "adni",
+        {
+            ("002_S_0413", "2006-05-02"): Found(
+                ("FLAIR", "T1w"),
+                {"diagnosis": "CN"},
+                values={"age": 76.0, "sex": "F"},
+                repeats={"T1w": taken},
+            ),
+            ("002_S_0413", "2017-06-21"): Found(("T1w",), {"diagnosis": "MCI"}, values={"age": 87.0}),
+            ("005_S_0221", "2006-01-10"): Found(
+                ("T1w",), {"diagnosis": None}, values={"age": 68.0, "sex": "M"}
+            ),
+        },
+        "loni",
+        (
+            "1 sessions lie between two visits that differ in All_Subjects_DXSUM_26Sep2024.csv, none taken: "
+            "005_S_0221 2006-01-10",
+            "AGENT_SILENT, 4 DICOM series",
+        ),
+        refused=(("LOCALIZER", "I100001"),),
+    )
+
+
+def aibl(root: Path) -> Expected:
+    """RIDs as folders; diagnoses of VISCODEs, which the two lists of scans date; -4 says nothing."""
+    _loni(
+        root,
+        "AIBL",
+        "5",
+        "2007-11-02",
+        (("mprage", "MPRAGE_ADNI_confirmed", "101500"), ("localizer", "localizer", "100000")),
+    )
+    _loni(root, "AIBL", "5", "2009-05-06", (("mprage", "MPRAGE_ADNI_confirmed_REPEAT", "111500"),), 1)
+    _loni(root, "AIBL", "12", "2008-03-04", (("mprage", "MPRAGE", "121500"),), 2)
+    scans = "RID,SITEID,VISCODE,EXAMDATE,MMSMPRAGE\n"
+    table(
+        root / "aibl_mri3meta_01-Jun-2018.csv",
+        scans + "5,1,bl,11/02/2007,1\n5,1,m18,05/06/2009,1\n5,1,m36,-4,-4\n",
+    )
+    table(root / "aibl_mrimeta_01-Jun-2018.csv", scans + "12,2,bl,03/04/2008,1\n")
+    table(
+        root / "aibl_pdxconv_01-Jun-2018.csv",
+        "RID,SITEID,VISCODE,DXNORM,DXMCI,DXAD,DXCURREN\n5,1,bl,1,-4,-4,1\n5,1,m18,-4,1,-4,2\n12,2,bl,-4,-4,-4,-4\n",
+    )
+    table(
+        root / "aibl_ptdemog_01-Jun-2018.csv",
+        "RID,SITEID,VISCODE,PTGENDER,PTDOB\n5,1,bl,2,/1940\n12,2,bl,1,/1935\n",
+    )
+    return Expected(
+        "aibl",
+        {
+            ("12", "2008-03-04"): Found(("T1w",), {"diagnosis": None}, values={"sex": "M", "age": None}),
+            ("5", "2007-11-02"): Found(("T1w",), {"diagnosis": "CN"}, values={"sex": "F"}),
+            ("5", "2009-05-06"): Found(("T1w",), {"diagnosis": "MCI"}, values={"sex": "F"}),
+        },
+        "loni",
+        (
+            "1 subjects have no row in aibl_mri3meta_01-Jun-2018.csv: 12",
+            "1 subjects have no row in aibl_mrimeta_01-Jun-2018.csv: 5",
+            "*.csv is missing with columns Subject, Acq Date, Age, so age are absent",
+            "AGENT_SILENT, 3 DICOM series",
+        ),
+        refused=(("LOCALIZER", "I100002"),),
+    )
+
+
+def nifd(root: Path) -> Expected:
+    """As ADNI, with a workbook of clinical visits whose dates are cells of a date's type."""
+    series = (("mprage", "t1_mprage", "101500"), ("flair", "t2_flair", "102500"), ("t2", "t2_tse", "103500"))
+    _loni(root, "NIFD", "1_S_0001", "2010-09-08", series)
+    _loni(root, "NIFD", "3_S_0023", "2012-02-03", (("mprage", "t1_mprage", "101500"),), 1)
+    day = datetime.datetime
+    rows = [
+        (
+            "LONI_ID",
+            "SITE",
+            "EDUCATION",
+            "RACE",
+            "VISIT_NUMBER",
+            "CLINICAL_LINKDATE",
+            "DX",
+            "MMSE_TOT",
+            "CDR_BOX_SCORE",
+        ),
+        ("1_S_0001", "UCSF", 16, 1, 1, day(2010, 9, 1), "BV", 25, 4.5),
+        ("1_S_0001", "UCSF", 16, 1, 2, day(2011, 3, 20), "BV", -9, 6),
+        ("3_S_0023", "MAYO", 18, 1, 1, day(2012, 1, 30), "CON", 30, 0),
+    ]
+    workbook(root / "clinical/NIFD_Clinical_Data_2017_final_updated.xlsx", rows)
+    listed = [{"Subject": "1_S_0001", "Sex": "M", "Age": 61, "Acq Date": "9/08/2010"}]
+    table(root / "nifd_9_01_2020.csv", _columns(COLLECTION, listed))
+    return Expected(
+        "nifd",
+        {
+            ("1_S_0001", "2010-09-08"): Found(
+                ("FLAIR", "T1w", "T2w"),
+                {"diagnosis": "FTD", "variant": "behavioural"},
+                values={"age": 61.0, "sex": "M", "site": "UCSF"},
+            ),
+            ("3_S_0023", "2012-02-03"): Found(
+                ("T1w",), {"diagnosis": "CN", "variant": "CN"}, values={"site": "MAYO"}
+            ),
+        },
+        "loni",
+        ("1 subjects have no row in nifd_9_01_2020.csv: 3_S_0023", "AGENT_SILENT, 2 DICOM series"),
+    )
+
+
 # ---- HABS: clinica/converters/habs_to_bids/_converter.py, the archive's names as they are parsed there --------------
 
 
@@ -509,6 +719,57 @@ def ucsf_pdgm(root: Path) -> Expected:
     )
 
 
+# ---- DICOM of TCIA, as the NBIA Data Retriever names folders --------------------------------------------------------
+
+
+def _nbia(study: Path, subject: str, date: str, series: Sequence[tuple[str, str]], seed: int = 0) -> None:
+    for number, (sequence, description) in enumerate(series, 1):
+        folder = study / f"{number}00.000000-{description}-{39990 + number}"
+        dicom(
+            folder, sequence, subject, date, f"10{number:02}00", number, seed, SeriesDescription=description
+        )
+
+
+def burdenko_gbm(root: Path) -> Expected:
+    """kurmukovai/burdenko_glioma_progression: planning with CT and radiotherapy objects, then control visits."""
+    at = root / "manifest-1676999639835/Burdenko-GBM-Progression/Burdenko-GBM-001"
+    planning = (
+        ("ct", "CT"),
+        ("t1", "MR0T1"),
+        ("t1_post", "MR0T1C"),
+        ("t2", "MR0T2"),
+        ("flair", "MR0T2FLAIR"),
+    )
+    _nbia(at / "05-06-2004-NA-Radiotherapy planning 00-01357", "Burdenko-GBM-001", "05-06-2004", planning)
+    control = (("t1_post", "MR0T1C"), ("flair", "MR0T2FLAIR"))
+    _nbia(at / "03-02-2006-NA-Control visit 2-75777", "Burdenko-GBM-001", "03-02-2006", control)
+    other(at.parents[1], "metadata.csv", "Burdenko-GBM-Progression/LICENSE")
+    return Expected(
+        "burdenko_gbm",
+        {
+            ("001", "Control visit 2"): Found(("FLAIR", "T1ce")),
+            ("001", "Radiotherapy planning 00"): Found(("FLAIR", "T1ce", "T1w", "T2w")),
+        },
+        notes=("AGENT_SILENT, 1 DICOM series",),
+        refused=(("NOT_MR", "100.000000-CT-39991"),),
+        counts=1,
+    )
+
+
+def remind(root: Path) -> Expected:
+    """tiago-assis/TiagoThesisWork, README 1.1: one study before, one during the operation; segmentations beside."""
+    at = root / "manifest-1746853315606/ReMIND/ReMIND-001"
+    before = (("t1_post", "3D_AX_T1_postcontrast"), ("t2", "3D_SAG_T2_SPACE"), ("flair", "2D_AX_T2_FLAIR"))
+    _nbia(at / "12-25-1982-NA-Preop-56579", "ReMIND-001", "12-25-1982", before)
+    _nbia(at / "12-25-1982-NA-Intraop-90478", "ReMIND-001", "12-25-1982", (("t2", "3D_AX_T2_BLADE_intraop"),))
+    other(
+        root,
+        "manifest-1746853315606/metadata.csv",
+        "ReMIND_NRRD_Seg_Sep_2023/ReMIND-001/ReMIND-001-preop-SEG-tumor.nrrd",
+    )
+    return Expected("remind", {("001", ""): Found(("FLAIR", "T1ce", "T2w"))}, counts=1)
+
+
 # ---- fetal ----------------------------------------------------------------------------------------------------------
 
 
@@ -606,7 +867,7 @@ def openmind(root: Path) -> Expected:
 WRITERS: dict[str, Callable[[Path], Expected]] = {
     writer.__name__: writer
     for writer in (
-        oasis3, oasis3_bids, nacc, adni_nifti, adni_clinica, aibl_clinica, nifd_clinica, habs, brats2020, upenn_gbm,
-        ucsf_pdgm, feta2021, bids, ixi, fomo, openmind,
+        oasis3, oasis3_bids, nacc, adni, adni_nifti, adni_clinica, brats2020, nifd, nifd_clinica, upenn_gbm, habs,
+        ucsf_pdgm, burdenko_gbm, aibl, aibl_clinica, remind, feta2021, bids, ixi, fomo, openmind,
     )
 }  # fmt: skip

@@ -84,8 +84,8 @@ def _files(table: Table, folders: Sequence[Folder]) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for folder in folders:
         for pattern in table.file:
-            for path, fields in matching(pattern, folder.files):
-                found.setdefault(fields["subject"], folder.root / path)
+            for name, fields in matching(pattern, folder.files):
+                found.setdefault(fields["subject"], folder.root / name)
     return found
 
 

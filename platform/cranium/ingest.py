@@ -22,7 +22,7 @@ from cranium.cards import Card
 from cranium.config import Compute, Ingest, Machine, UserError
 from cranium.store import Artefact
 from cranium.volume import nifti, normalise, shard, slices
-from cranium.volume.quality import Rejected
+from cranium.volume.quality import ASIDE, Rejected
 
 Progress = Callable[[int, int, str], None]
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
@@ -37,7 +37,7 @@ def ingest(
     stands in the manifest's `counts`.
     """
     _check_spec(card, spec)
-    table = _scan(card, raw, machine)
+    table = _scan(card, raw, machine, progress)
     target = _target(card, spec, table, machine)
     if target.done:
         return target
@@ -58,8 +58,8 @@ def artefact(card: Card, raw: Path, spec: Ingest, machine: Machine) -> Artefact:
     return _target(card, spec, _scan(card, raw, machine), machine)
 
 
-def _scan(card: Card, raw: Path, machine: Machine) -> cohort.CohortTable:
-    return cohort.scan(card, raw, machine.raw.get(f"{card.name}_tables"))
+def _scan(card: Card, raw: Path, machine: Machine, progress: Progress | None = None) -> cohort.CohortTable:
+    return cohort.scan(card, raw, machine.raw.get(f"{card.name}_tables"), progress)
 
 
 def _target(card: Card, spec: Ingest, table: cohort.CohortTable, machine: Machine) -> Artefact:
@@ -284,7 +284,9 @@ def _make(card: Card, spec: Ingest, table: cohort.CohortTable, target: Artefact,
         progress(done, len(bins), f"{card.name}: shards written")
     shards = [json.loads(path.read_text()) for path in entry_paths]
     channels = {_source(spec, channel) for channel in spec.channels}
-    refused = tuple(r for r in table.refused if r.contrast in channels)
+    refused = tuple(
+        r for r in table.refused if r.contrast in channels or (not r.contrast and r.code not in ASIDE)
+    )
     shardset.commit(target, card, spec, records, shards, refused, table.notes)
 
 

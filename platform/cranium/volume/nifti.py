@@ -12,7 +12,8 @@ import hashlib
 import os
 import stat
 import struct
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -57,6 +58,7 @@ class Volume:
     affine: NDArray[np.float64]
     notes: tuple[Note, ...]
     sha256: str  # of the file's bytes
+    acquisition: Mapping[str, str | float] = field(default_factory=dict)  # of DICOM: the reviewed sidecar
 
 
 @dataclass(frozen=True)

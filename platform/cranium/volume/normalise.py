@@ -15,6 +15,7 @@ import numpy as np
 import SimpleITK as sitk
 from numpy.typing import NDArray
 
+from cranium.volume import dicom
 from cranium.volume.nifti import Volume, read, to_ras
 from cranium.volume.quality import Note, Rejected
 from cranium.volume.slices import Grid, bounding_box, kept, onto_grid, session_grid
@@ -80,7 +81,7 @@ def read_scans(
 
     With `supplied` masks, a scan without its own takes that of another contrast of the session, and says so.
     """
-    once = functools.cache(lambda path: read(root / path, root=root))  # one mask may serve several scans
+    once = functools.cache(lambda path: _read(root, path))  # one mask may serve several scans
     spare = next((scan.mask for scan in wanted.values() if scan.mask), None)
     volumes: dict[str, Volume] = {}
     scans: dict[str, Masked] = {}
@@ -100,6 +101,12 @@ def read_scans(
         except Rejected as reason:
             rejected[channel] = reason
     return volumes, scans, rejected
+
+
+def _read(root: Path, path: str) -> Volume:
+    if dicom.is_series(root / path):
+        return dicom.convert(root / path, root)
+    return read(root / path, root=root)
 
 
 def _read_mask(path: str, once: Callable[[str], Volume]) -> Volume:
