@@ -45,6 +45,7 @@ def test_a_tree_is_found_as_its_source_describes_it(name: str, tmp_path: Path) -
     assert all(note.startswith(how) for note, how in zip(rest, sorted(expected.notes), strict=True)), rest
     assert len(counts) == expected.counts
     assert {(r.code, r.path.rsplit("/", 1)[-1]) for r in table.refused} == set(expected.refused)
+    assert table.overlap_ids == expected.shared
     listed = {path for path, _ in table.files}
     assert {s.segmentation for s in table.sessions} - {None} <= listed  # what is read shapes the identity
 
@@ -89,3 +90,15 @@ def test_what_is_unverified_is_told_finely() -> None:
     content = load_card("habs").model_dump(mode="json")
     content["tables"][0]["unverified"] = True
     assert "table Demographics_HABS_DataRelease_*.csv" in Card.model_validate(content).unverified
+
+
+def test_people_of_brats_are_found_in_ucsf_pdgm_by_its_own_table(tmp_path: Path) -> None:
+    """Both trees side by side: the metadata of UCSF-PDGM names case 97 of BraTS 2021, which is case 369 of 2020."""
+    trees.brats2020(tmp_path / "brats")
+    trees.ucsf_pdgm(tmp_path / "ucsf")
+    metadata = tmp_path / "ucsf" / "UCSF-PDGM-metadata_v5.csv"
+    metadata.rename(tmp_path / "brats" / metadata.name)
+    table = cohort.scan(load_card("brats2020"), tmp_path / "brats")
+    assert table.overlap_ids["ucsf_pdgm"] == {"BraTS20_Training_369": ["0004"]}
+    theirs = {s.subject for s in cohort.scan(load_card("ucsf_pdgm"), tmp_path / "ucsf").sessions}
+    assert "0004" in theirs
