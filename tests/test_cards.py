@@ -10,6 +10,7 @@ import pytest
 import trees
 from cranium import cohort
 from cranium.cards import Card, load_card
+from cranium.config import share
 
 COHORTS = (
     "oasis3", "nacc", "adni", "brats2020", "nifd", "upenn_gbm", "habs", "ucsf_pdgm", "burdenko_gbm", "aibl",
@@ -75,6 +76,17 @@ def test_values_of_unknown_meaning_are_in_no_class(tmp_path: Path) -> None:
     session = cohort.scan(card, tmp_path).sessions[0]
     assert session.values["grade"] == "hgg?"
     assert cohort.label_of(card.labels["grade"], "hgg?") is None
+
+
+def test_the_cards_of_the_readme_are_cards(tmp_path: Path) -> None:
+    folder = share() / "datasets"
+    (tmp_path / "bids.yaml").write_text((folder / "bids.yaml").read_text())
+    examples = re.findall(r"```yaml\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    cards = []
+    for text in examples:
+        (tmp_path / "mine.yaml").write_text(text)
+        cards.append(load_card("mine", tmp_path))
+    assert [card.columns for card in cards] == [(), ("age", "sex", "dx", "family", "mmse")]
 
 
 def test_segmentation_maps_start_at_one_and_name_each_value_once() -> None:

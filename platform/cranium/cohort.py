@@ -198,9 +198,18 @@ def _claimed(
         told = series.matches(layout, root, files, progress)
         return _Claimed(told.claims, tuple(Refused(*refusal) for refusal in told.refused), told.notes)
     found: Claims = defaultdict(list)
+    owner: dict[str, str] = {}
     for contrast, patterns in layout.files.items():
         for order, pattern in enumerate(patterns):
             for path, fields in matching(pattern, files):
+                if (
+                    path in owner
+                ):  # by a better pattern of the same contrast; of another one it would be two scans
+                    if owner[path] != contrast:
+                        both = f"patterns of {owner[path]} and of {contrast}"
+                        raise UserError("PATTERN", f"{path} fits {both}; correct `layouts` in the card")
+                    continue
+                owner[path] = contrast
                 run = fields.get("run", "")
                 subject = layout.subject.format(**fields) if layout.subject else fields["subject"]
                 key = (subject, fields.get("session", ""), str(contrast))
