@@ -44,6 +44,9 @@ class Expected:
     notes: tuple[
         str, ...
     ] = ()  # how they begin, in any order, but for the counts of the published collection
+    shared: Mapping[str, Mapping[str, Sequence[str]]] = field(
+        default_factory=dict
+    )  # people in other collections
     counts: int = 0  # how many notes compare counts
     refused: tuple[tuple[str, str], ...] = ()  # code and last part of the path of what is used for nothing
 
@@ -619,6 +622,29 @@ def brats2020(root: Path) -> Expected:
         "HGG,Brats17_CBICA_AAB_1,Brats18_CBICA_AAB_1,NA,BraTS19_CBICA_AAB_1,BraTS20_Training_001\n"
         "LGG,NA,NA,NA,NA,BraTS20_Training_355\nLGG,NA,NA,NA,NA,BraTS20_Training_369\n",
     )
+    workbook(
+        root / "BraTS2023_2017_GLI_Mapping.xlsx",
+        [
+            ("BraTS2023", "BraTS2021", "BraTS2020", "Cohort Name (if publicly available)"),
+            ("BraTS-GLI-00097-000", "BraTS2021_00097", "BraTS20_Training_369", "Private Collection"),
+            ("BraTS-GLI-00495-000", "BraTS2021_00495", "BraTS20_Training_001", "Private Collection"),
+            ("BraTS-GLI-00500-000", "BraTS2021_00500", None, "Private Collection"),
+        ],
+    )
+    workbook(
+        root / "BraTS2021_MappingToTCIA.xlsx",
+        [
+            (
+                "Data Collection (as on TCIA+additional)",
+                "Site ID",
+                "PatientID on TCIA Radiology Portal",
+                "BraTS2021 ID",
+            ),
+            ("UPENN-GBM", 1, "UPENN-GBM-00011_11", "BraTS2021_00495"),
+            ("UCSF-PDGM", 18, "4", "BraTS2021_00097"),
+            ("UPENN-GBM_Additional", 1, "new-not-previously-in-TCIA", "BraTS2021_00500"),
+        ],
+    )
     table(
         root / "survival_info.csv",
         "Brats20ID,Age,Survival_days,Extent_of_Resection\nBraTS20_Training_001,60.463,289,GTR\n",
@@ -632,8 +658,12 @@ def brats2020(root: Path) -> Expected:
         (case, ""): Found(sorted(GLIOMA), {"grade": grade}, seg, {"age": age})
         for case, (grade, seg, age) in found.items()
     }
-    missing = "2 subjects have no row in survival_info.csv: BraTS20_Training_355, BraTS20_Training_369"
-    return Expected("brats2020", sessions, notes=(missing,), counts=2)
+    notes = (
+        "2 subjects have no row in survival_info.csv: BraTS20_Training_355, BraTS20_Training_369",
+        "who is also in ucsf_pdgm is not known without BraTS2023_2017_GLI_Mapping.xlsx and UCSF-PDGM-metadata_v5.csv",
+    )
+    shared = {"upenn_gbm": {"BraTS20_Training_001": ["00011"]}}
+    return Expected("brats2020", sessions, notes=notes, counts=2, shared=shared)
 
 
 def upenn_gbm(root: Path) -> Expected:

@@ -16,10 +16,11 @@ from cranium.cards import Card, Label, Layout
 from cranium.clinical import FLOATS, Known, Value, same
 from cranium.config import UserError
 from cranium.patterns import Match, belongs, matching
-from cranium.tables import Folder
+from cranium.tables import Folder, translate
 
-__all__ = ["FLOATS", "CohortTable", "Refused", "Scan", "Session", "Value", "label_of", "scan"]
+__all__ = ["FLOATS", "CohortTable", "OverlapIds", "Refused", "Scan", "Session", "Value", "label_of", "scan"]
 
+OverlapIds = dict[str, dict[str, list[str]]]  # other collection -> our subject -> theirs
 Claims = dict[tuple[str, str, str], list[Match]]  # by subject, session, contrast
 
 
@@ -64,6 +65,7 @@ class CohortTable:
     refused: tuple[Refused, ...]
     files: tuple[tuple[str, int], ...]
     tables: tuple[Path, ...]  # that labels and demographics were read from
+    overlap_ids: OverlapIds  # where the card's mapping could be walked
     notes: tuple[str, ...]
 
     @property
@@ -106,8 +108,9 @@ def scan(
     sessions = tuple(replace(s, values=k.values) for s, k in zip(sessions, known, strict=True))
     used = _identity(sessions, refused, files)
     alike = _near_collisions(s.subject for s in sessions)
-    notes = (*alike, *_off(card, sessions), *claimed.notes, *notes)
-    return CohortTable(root, layout, sessions, refused, used, read, notes)
+    shared, unmapped = _shared(card, sessions, folders)
+    notes = (*alike, *_off(card, sessions), *claimed.notes, *notes, *unmapped)
+    return CohortTable(root, layout, sessions, refused, used, read, shared, notes)
 
 
 def label_of(label: Label, value: Value) -> str | None:
@@ -131,6 +134,22 @@ def _known(card: Card, layout: Layout, session: Session, claims: Claims) -> Know
             with contextlib.suppress(ValueError):  # digits that are no date: the session has none
                 known.day, known.dated = datetime.date.fromisoformat(parts["date"]).toordinal(), True
     return known
+
+
+def _shared(card: Card, sessions: tuple[Session, ...], folders: list[Folder]) -> tuple[OverlapIds, list[str]]:
+    """Who is whom in other collections, by the public tables that the card names; notes where one is missing."""
+    shared: OverlapIds = {}
+    notes: list[str] = []
+    for overlap in card.overlaps:
+        ids = translate(overlap, {s.subject for s in sessions}, folders)
+        if ids is not None:
+            shared[overlap.cohort] = {ours: list(theirs) for ours, theirs in ids.items()}
+        elif overlap.mapping:
+            names = " and ".join(step.file[0] for step in overlap.mapping)
+            notes.append(
+                f"who is also in {overlap.cohort} is not known without {names}; put them beside the tables"
+            )
+    return shared, notes
 
 
 def _off(card: Card, sessions: tuple[Session, ...]) -> Iterator[str]:
@@ -179,9 +198,18 @@ def _claimed(
         told = series.matches(layout, root, files, progress)
         return _Claimed(told.claims, tuple(Refused(*refusal) for refusal in told.refused), told.notes)
     found: Claims = defaultdict(list)
+    owner: dict[str, str] = {}
     for contrast, patterns in layout.files.items():
         for order, pattern in enumerate(patterns):
             for path, fields in matching(pattern, files):
+                if (
+                    path in owner
+                ):  # by a better pattern of the same contrast; of another one it would be two scans
+                    if owner[path] != contrast:
+                        both = f"patterns of {owner[path]} and of {contrast}"
+                        raise UserError("PATTERN", f"{path} fits {both}; correct `layouts` in the card")
+                    continue
+                owner[path] = contrast
                 run = fields.get("run", "")
                 subject = layout.subject.format(**fields) if layout.subject else fields["subject"]
                 key = (subject, fields.get("session", ""), str(contrast))

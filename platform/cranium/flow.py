@@ -166,6 +166,8 @@ def _count(study: Study, cohort: str, made: Artefact) -> None:
     counts = manifest["counts"]
     text = f"{counts['stacks']} stacks of {counts['subjects']} subjects from {counts['accepted']} scans"
     study.console.print(f"  {cohort}: {text}", highlight=False)
+    for note in manifest["notes"]:
+        study.note(f"{cohort}: {note}")
     if counts["rejected"]:
         study.rejected = True
         reasons = ", ".join(f"{n} x {code}" for code, n in sorted(manifest["rejections"].items()))

@@ -97,6 +97,7 @@ def _key(card: Card, spec: Ingest, table: cohort.CohortTable) -> dict[str, Any]:
         "shard_mb": spec.shard_mb,
         "files": table.files,
         "tables": [store.sha256(path) for path in table.tables],
+        "overlap_ids": table.overlap_ids,
     }
 
 
@@ -287,7 +288,7 @@ def _make(card: Card, spec: Ingest, table: cohort.CohortTable, target: Artefact,
     refused = tuple(
         r for r in table.refused if r.contrast in channels or (not r.contrast and r.code not in ASIDE)
     )
-    shardset.commit(target, card, spec, records, shards, refused, table.notes)
+    shardset.commit(target, card, spec, records, shards, refused, table.notes, table.overlap_ids)
 
 
 def _wanted(session: cohort.Session, spec: Ingest) -> dict[str, Any]:

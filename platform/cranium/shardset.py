@@ -66,6 +66,7 @@ def commit(
     shards: list[dict[str, Any]],
     refused: tuple[cohort.Refused, ...],
     notes: tuple[str, ...],
+    overlap_ids: cohort.OverlapIds,
 ) -> None:
     """Write the tables, check that everything adds up, commit the manifest, remove what was in the way."""
     unread = [[card.name, r.subject, r.session, r.contrast, r.path, r.code, r.reason] for r in refused]
@@ -112,6 +113,7 @@ def commit(
         "shards": shards,
         "rejections": codes,
         "notes": list(notes),
+        "overlap_ids": overlap_ids,  # other collection -> our subject -> theirs
         "code_version": cranium.__version__,
         "recipe": RECIPE,
         "simulated": card.simulated,
