@@ -32,6 +32,9 @@ REJECTIONS: Mapping[str, str] = {
     "EMPTY_BRAIN": "constant voxels, or an implausible brain mask",
     "MASK_MISSING": "no brain mask where the cohort's card says it lies",
     "MODALITY_GRID": "lies elsewhere than the other contrasts of its session",
+    "REGISTRATION_FAILED": "cannot be aligned with its session's reference contrast, or with the template",
+    "MASK_VALUES": "a label map with values that the cohort's card does not name",
+    "MASK_GRID": "a label map that lies elsewhere than the scans of its session",
     "DUP_ID": "a second file for the same subject, session, run and contrast",
 }
 NOTES: Mapping[str, str] = {
@@ -45,6 +48,11 @@ NOTES: Mapping[str, str] = {
     "QS_CHOSEN": "qform and sform disagree; one was chosen as asked",
     "MASK_FALLBACK": "brain mask by a classical fallback, not supplied",
     "MASK_SHARED": "the mask of another contrast of the session was used",
+    "MASK_MODEL": "brain mask by a model or a program, not supplied",
+    "MASK_ODD": "the brain mask is too small or large, is cut off, or disagrees with another contrast's",
+    "MOVED": "moved by more than a centimetre to fit the session's reference contrast",
+    "LABELS_GRID": "a label map on the voxels of no scan, placed by its header",
+    "LABELS_CUT": "a part of a label map lies outside the slices kept",
     "CROPPED": "brain outside the field of view of the stack was cut off",
     "PARTIAL_COVER": "the scan does not cover the whole brain mask",
     "RUN_CHOSEN": "one of several runs was chosen by the declared rule",
