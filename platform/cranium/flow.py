@@ -172,7 +172,7 @@ def _count(study: Study, cohort: str, made: Artefact) -> None:
         study.note(
             f"{cohort}: {counts['rejected']} of {counts['scans']} scans rejected ({reasons}); see {table}"
         )
-    if counts["label_maps_rejected"]:
+    if counts.get("label_maps_rejected"):
         study.rejected = True
         lost, kept = counts["label_maps_rejected"], counts["label_maps_accepted"]
         study.note(

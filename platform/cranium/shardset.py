@@ -85,9 +85,11 @@ def commit(
         "sessions": len(sessions),
         "subjects": len({session["subject"] for session in sessions}),
         "stacks": sum(entry["rows"] for entry in shards),
-        # Label maps are counted apart, so that those of scans add up; "unused": no scan of the session was accepted.
-        **{f"label_maps_{outcome}": maps[outcome] for outcome in ("accepted", "rejected", "unused")},
     }
+    if maps.keys() - {
+        None
+    }:  # counted apart, so that the scans add up; unused: no scan of the session was accepted
+        counts |= {f"label_maps_{outcome}": maps[outcome] for outcome in ("accepted", "rejected", "unused")}
     rejected = sorted(
         rejected + [record["label_map_rejected"] for record in records if record["label_map_rejected"]]
     )

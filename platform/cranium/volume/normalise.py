@@ -195,7 +195,7 @@ def _transforms(
     reference = scans[present[0]]
     base = np.eye(4)
     if template is not None:  # a session that fits no template is lost as a whole
-        base = register.affine(reference, template, spacing_mm).matrix
+        base = register.affine(reference, template).matrix
     transforms: dict[str, Affine] = {present[0]: base}
     moves: dict[str, tuple[Note, ...]] = {}
     rejected: dict[str, Rejected] = {}
