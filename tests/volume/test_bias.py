@@ -1,23 +1,22 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 import SimpleITK as sitk
 
 import phantoms
 from cranium.volume import bias
 from cranium.volume.masks import Masked
 
-SHAPE = (44, 52, 40)
-GRID = phantoms.affine((4, 4, 4), SHAPE)
+SHAPE = (22, 26, 20)
+GRID = phantoms.affine((8, 8, 8), SHAPE)
 LABELS = phantoms.tissues(phantoms.Head(), SHAPE, GRID)
 
 
 def shaded(offset: float = 0.0) -> tuple[Masked, np.ndarray]:
-    """A T1w under a coil that is 1.6 times as bright in front as behind."""
+    """A T1w under a coil that is nearly twice as bright in front as behind."""
     y = np.linspace(-1, 1, SHAPE[1])[None, :, None]
     x = np.linspace(-1, 1, SHAPE[0])[:, None, None]
-    field = np.exp(0.24 * y + 0.15 * x * y) * np.ones(SHAPE)
+    field = np.exp(0.32 * y + 0.2 * x * y) * np.ones(SHAPE)
     data = phantoms.intensities(LABELS, "T1w", 0).astype(np.float32) * field - offset
     return Masked(data.astype(np.float32), GRID, LABELS >= 2, GRID), field
 
@@ -28,7 +27,7 @@ def variation(data: np.ndarray) -> float:
 
 
 def test_a_simulated_field_is_reduced() -> None:
-    """Coefficient of variation in white matter: 10 % shaded, 2 % of noise without shade; at most 4 % corrected."""
+    """Coefficient of variation in white matter: over 9 % shaded, 2 % of noise alone; at most 4 % corrected."""
     scan, _ = shaded()
     corrected = bias.n4(scan)
     print(f"variation in white matter: {variation(scan.data):.3f} -> {variation(corrected):.3f}")
@@ -50,9 +49,7 @@ def test_the_same_bytes_on_any_number_of_threads() -> None:
     assert found[0] == found[1]
 
 
-@pytest.mark.parametrize("offset", [600.0])
-def test_scans_with_negative_voxels_are_corrected_too(offset: float) -> None:
-    corrected = bias.n4(shaded(offset)[0])
+def test_scans_with_negative_voxels_are_corrected_too() -> None:
+    corrected = bias.n4(shaded(600)[0])
     assert np.isfinite(corrected).all()
-    white, before = corrected[LABELS == 4], shaded(offset)[0].data[LABELS == 4]
-    assert white.std() < before.std()
+    assert corrected[LABELS == 4].std() < shaded(600)[0].data[LABELS == 4].std()

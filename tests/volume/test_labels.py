@@ -56,7 +56,7 @@ def dice(a: np.ndarray, b: np.ndarray) -> float:
 
 def test_classes_lie_where_the_anatomy_is() -> None:
     """Raw values become class numbers, in place, whatever the order of axes and the tilt."""
-    for axes, degrees in (("RAS", (0, 0, 0)), ("PIR", (7, -5, 9)), ("LAS", (0, 0, 0))):
+    for axes, degrees in (("LAS", (0, 0, 0)), ("PIR", (7, -5, 9))):
         found, done = placed(*head(axes=axes, degrees=degrees))
         expected = truth(done.grid)
         for index in (1, 2, 3):
@@ -101,7 +101,7 @@ def test_labels_return_to_the_scan(name: str) -> None:
     assert min(scores) >= 0.98
 
 
-@pytest.mark.parametrize("radius", [2.5, 4.0, 8.0])
+@pytest.mark.parametrize("radius", [2.5, 4.0])
 @pytest.mark.parametrize("name", sorted(GRIDS))
 def test_small_structures_return_too(name: str, radius: float) -> None:
     """Ellipsoids of a few voxels along every axis of the scan; below 2 voxels a single one decides."""

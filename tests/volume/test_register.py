@@ -54,8 +54,7 @@ def error_mm(matrix: np.ndarray, move: np.ndarray) -> np.ndarray:
 FIXED = scan("T1w")
 
 
-@pytest.mark.parametrize("contrast", ["T2w", "FLAIR"])
-@pytest.mark.parametrize("name", ["nod", "large"])
+@pytest.mark.parametrize(("contrast", "name"), [("T2w", "large"), ("FLAIR", "nod")])
 def test_known_motions_are_found(contrast: str, name: str) -> None:
     """Mean error below a quarter of a voxel, worst below half, at 3 x 3 x 6 mm and a working grid of 4 mm."""
     move = motion(*MOTIONS[name])
@@ -90,7 +89,7 @@ def test_the_same_bytes_on_any_number_of_threads() -> None:
     moving = scan("T2w", motion(*MOTIONS["nod"]), thick=True)
     try:
         found = []
-        for threads in (1, 2, 4):
+        for threads in (1, 3):
             sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(threads)
             found.append(register.rigid(moving, FIXED, 6.0))
             assert sitk.ProcessObject.GetGlobalDefaultNumberOfThreads() == threads
