@@ -64,14 +64,25 @@ def masked(
     scan: Volume, mask: Volume | None, notes: tuple[Note, ...] = (), source: str = "supplied"
 ) -> Masked:
     """Join a scan and a mask (nonzero = brain); without one, `otsu_mask`. Raises `Rejected(EMPTY_BRAIN)`."""
+    return _joined(scan, None if mask is None else _brain(mask), notes, source)
+
+
+def _brain(mask: Volume) -> tuple[NDArray[np.bool_], Affine]:
+    brain: NDArray[np.bool_]
+    brain, affine = to_ras(mask.data > 0, mask.affine)
+    return brain, affine
+
+
+def _joined(
+    scan: Volume, mask: tuple[NDArray[np.bool_], Affine] | None, notes: tuple[Note, ...], source: str
+) -> Masked:
     data, affine = to_ras(scan.data, scan.affine)
     notes = scan.notes + notes
     if mask is None:
         brain, brain_affine, source = otsu_mask(data), affine, "otsu"
         notes += (Note("MASK_FALLBACK", "no supplied mask: Otsu's threshold, scalp included"),)
     else:
-        labels, brain_affine = to_ras(mask.data, mask.affine)
-        brain = labels > 0
+        brain, brain_affine = mask
     count = int(np.count_nonzero(brain))
     if count < MIN_MASK_VOXELS or count > MAX_MASK_SHARE * brain.size:
         raise Rejected("EMPTY_BRAIN", f"the brain mask sets {count} of {brain.size} voxels")
@@ -91,7 +102,7 @@ class Chain:
     volumes: Mapping[str, Volume]
     paths: Mapping[str, str]
     read: Callable[[str], Volume]
-    _made: dict[str, Volume | Rejected] = field(default_factory=dict)
+    _made: dict[str, tuple[NDArray[np.bool_], Affine] | Rejected] = field(default_factory=dict)
 
     def join(self, channel: str, notes: tuple[Note, ...]) -> Masked:
         """The scan of a channel with the first mask that can be had. Raises the first way's `Rejected`."""
@@ -108,7 +119,8 @@ class Chain:
         if segment is not None:
             base = next((c for c in self.volumes if c.startswith("T1")), next(iter(self.volumes)))
             note = Note("MASK_MODEL" if base == channel else "MASK_SHARED", f"by {way}, from {base}")
-            return masked(volume, self._by(way, segment, base), (*notes, note), way)
+            mask = self._once(way, lambda: _by(way, segment, self.volumes[base], base))
+            return _joined(volume, mask, (*notes, note), way)
         if way == "otsu":
             return masked(volume, None, notes)
         path = self.paths.get(channel) or next(iter(self.paths.values()), None)
@@ -116,25 +128,36 @@ class Chain:
             raise Rejected("MASK_MISSING", "no mask where the card says; or add to ingest.mask, e.g. otsu")
         if path != self.paths.get(channel):
             notes += (Note("MASK_SHARED", path),)
-        try:
-            return masked(volume, self.read(path), notes)
-        except Rejected as reason:
-            if reason.code == "EMPTY_BRAIN":
-                raise
-            raise Rejected(reason.code, f"its brain mask {path}: {reason.reason}") from reason
+        return _joined(volume, self._once(path, lambda: self._supplied(path)), notes, "supplied")
 
-    def _by(self, way: str, segment: Segment, base: str) -> Volume:
-        if way not in self._made:
-            scan = self.volumes[base]
+    def _once(
+        self, key: str, make: Callable[[], tuple[NDArray[np.bool_], Affine]]
+    ) -> tuple[NDArray[np.bool_], Affine]:
+        """A mask is read or made once, and is one array for all scans that it serves."""
+        if key not in self._made:
             try:
-                mask = segment(scan.data, scan.affine)
-                self._made[way] = Volume(mask.astype(np.float32), scan.affine, (), "")
-            except ValueError as error:
-                self._made[way] = Rejected("EMPTY_BRAIN", f"{way} found no brain in {base}: {error}")
-        made = self._made[way]
+                self._made[key] = make()
+            except Rejected as reason:
+                self._made[key] = reason
+        made = self._made[key]
         if isinstance(made, Rejected):
             raise made
         return made
+
+    def _supplied(self, path: str) -> tuple[NDArray[np.bool_], Affine]:
+        try:
+            return _brain(self.read(path))
+        except Rejected as reason:
+            raise Rejected(reason.code, f"its brain mask {path}: {reason.reason}") from reason
+
+
+def _by(way: str, segment: Segment, scan: Volume, name: str) -> tuple[NDArray[np.bool_], Affine]:
+    try:
+        brain: NDArray[np.bool_]
+        brain, affine = to_ras(segment(scan.data, scan.affine), scan.affine)
+        return brain, affine
+    except ValueError as error:
+        raise Rejected("EMPTY_BRAIN", f"{way} found no brain in {name}: {error}") from error
 
 
 def otsu_mask(data: NDArray[np.float32]) -> NDArray[np.bool_]:
@@ -167,7 +190,8 @@ def quality(scan: Masked, dice: float | None) -> tuple[dict[str, Any], tuple[Not
     ml = np.count_nonzero(scan.brain) * volume / 1000
     border = 0.0
     for axis in range(3):
-        ends = sum(np.count_nonzero(np.take(scan.brain, i, axis)) for i in (0, -1))
+        planes = np.moveaxis(scan.brain, axis, 0)
+        ends = np.count_nonzero(planes[0]) + np.count_nonzero(planes[-1])
         border += ends * volume / edges[axis] / 100
     found = {
         "source": scan.source,

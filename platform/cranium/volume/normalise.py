@@ -157,11 +157,15 @@ def conform(
     notes: dict[str, tuple[Note, ...]] = {}
     quality: dict[str, Mapping[str, Any]] = {}
     first: NDArray[np.bool_] | None = None
+    once: dict[tuple[int, bytes], NDArray[np.bool_]] = {}  # one mask may serve several scans
     for channel, scan in placed.items():
         try:
             if bias_correction == "n4":
                 scan = replace(scan, data=bias.n4(scan))
-            values, inside, found = _place(scan, reference, grid)
+            mask = (id(scan.brain), scan.brain_affine.tobytes())
+            if mask not in once:
+                once[mask] = _on_grid(scan, grid)
+            values, inside, found = _place(scan, once[mask], grid)
             volumes[channels.index(channel)] = to_levels(values, inside, percentiles, dtype)
         except Rejected as reason:
             rejected[channel] = reason
@@ -239,7 +243,7 @@ def _same(scan: Masked, other: Masked) -> bool:
 
 def _same_mask(scan: Masked, other: Masked) -> bool:
     grids = same_grid(scan.brain.shape, scan.brain_affine, other.brain.shape, other.brain_affine)
-    return grids and np.array_equal(scan.brain, other.brain)
+    return grids and (scan.brain is other.brain or np.array_equal(scan.brain, other.brain))
 
 
 def _not_apart(scan: Masked, reference: Masked) -> None:
@@ -250,11 +254,14 @@ def _not_apart(scan: Masked, reference: Masked) -> None:
         )
 
 
+def _on_grid(scan: Masked, grid: Grid) -> NDArray[np.bool_]:
+    return onto_grid(scan.brain.view(np.uint8), scan.brain_affine, grid, labels=True).astype(bool)
+
+
 def _place(
-    scan: Masked, reference: Masked, grid: Grid
+    scan: Masked, inside: NDArray[np.bool_], grid: Grid
 ) -> tuple[NDArray[np.float32], NDArray[np.bool_], tuple[Note, ...]]:
     """A scan and its mask on the grid. Raises `Rejected(MODALITY_GRID)` where it covers too little of its mask."""
-    inside = onto_grid(scan.brain.view(np.uint8), scan.brain_affine, grid, labels=True).astype(bool)
     values = onto_grid(scan.data, scan.affine, grid)
     seen = np.isfinite(values)
     cover = float((inside & seen).sum()) / max(1.0, float(inside.sum()))
