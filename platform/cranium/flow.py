@@ -175,6 +175,12 @@ def _count(study: Study, cohort: str, made: Artefact) -> None:
         study.note(
             f"{cohort}: {counts['rejected']} of {counts['scans']} scans rejected ({reasons}); see {table}"
         )
+    if counts.get("label_maps_rejected"):
+        study.rejected = True
+        lost, kept = counts["label_maps_rejected"], counts["label_maps_accepted"]
+        study.note(
+            f"{cohort}: {lost} of {lost + kept} label maps rejected, their scans kept; see quarantine.parquet"
+        )
 
 
 def _raw(study: Study, cohort: str) -> Path | None:

@@ -11,17 +11,19 @@ import errno
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+from numpy.typing import NDArray
 
-from cranium import cohort, shardset, store
+from cranium import cohort, provisions, shardset, store
 from cranium.cards import Card
 from cranium.config import Compute, Ingest, Machine, UserError
+from cranium.provisions import Provisions
 from cranium.store import Artefact
-from cranium.volume import nifti, normalise, shard, slices
+from cranium.volume import labels, nifti, normalise, shard, slices
 from cranium.volume.quality import ASIDE, Rejected
 
 Progress = Callable[[int, int, str], None]
@@ -44,7 +46,8 @@ def ingest(
     with store.lock(machine.store, target.id):
         if not target.done:
             try:
-                _make(card, spec, table, target, progress or (lambda done, total, text: None))
+                needs = provisions.provide(spec, machine, target.path / "work" / "provisions")
+                _make(card, spec, table, target, needs, progress or (lambda done, total, text: None))
             except OSError as error:
                 if error.errno not in FULL:
                     raise
@@ -71,9 +74,10 @@ def _check_spec(card: Card, spec: Ingest) -> None:
     if not wanted & set(card.contrasts):
         have, want = ", ".join(card.contrasts), ", ".join(sorted(wanted))
         raise UserError("NO_CONTRAST", f"{card.name} has {have}, none of {want}; set ingest.contrasts")
-    if spec.mask == "supplied" and not any(layout.mask for layout in card.layouts):
+    if spec.mask == ("supplied",) and not any(layout.mask for layout in card.layouts):
         raise UserError(
-            "NO_MASK", f"{card.name}: its card has no `mask` in `layouts`; add it, or set ingest.mask=otsu"
+            "NO_MASK",
+            f"{card.name}: its card has no `mask` in `layouts`; add it, or set ingest.mask=[deepbet,otsu]",
         )
     if clash := shardset.RECORD.keys() & set(card.columns):
         names = ", ".join(sorted(clash))
@@ -112,6 +116,8 @@ class _Job:
     root: Path
     folder: Path  # of the artefact
     spec: Ingest
+    classes: dict[str, tuple[int, ...]] = field(default_factory=dict)  # of a label map, and their raw values
+    provisions: Provisions = field(default_factory=Provisions)
 
     @property
     def work(self) -> Path:
@@ -129,8 +135,11 @@ def _ingest_session(row: dict[str, Any], job: _Job) -> dict[str, Any]:
     spec, index, session = job.spec, int(row["index"]), json.loads(row["session"])
     slices.limit_threads(spec.compute.threads or max(1, int(spec.compute.cpus_per_worker)))
     wanted = {channel: normalise.Wanted(*scan[1:]) for channel, scan in session["scans"].items()}
-    volumes, scans, rejected = normalise.read_scans(job.root, wanted, spec.mask == "supplied")
+    ways = provisions.ways(spec.mask, job.provisions)
+    volumes, scans, rejected = normalise.read_scans(job.root, wanted, ways, spec.orientation)
     record: dict[str, Any] = {"index": index, "scans": len(wanted), "warned": 0, "row_groups": []}
+    record |= {"label_map": "unused" if session["segmentation"] else None, "label_map_rejected": None}
+    who = [job.cohort, session["subject"], session["session"]]
     if scans:
         try:
             conformed = normalise.conform(
@@ -141,18 +150,51 @@ def _ingest_session(row: dict[str, Any], job: _Job) -> dict[str, Any]:
                 slice_spacing_mm=spec.slice_spacing_mm,
                 percentiles=spec.percentiles,
                 min_brain=spec.min_brain,
+                slices=slices.Kept(**spec.slices.model_dump()),
+                align=spec.align,
+                template=provisions.template(job.provisions),
+                bias_correction=spec.bias_correction,
+                dtype=spec.dtype,
             )
         except Rejected as reason:
-            rejected |= dict.fromkeys(scans, reason)
+            rejected |= {channel: reason for channel in scans}
         else:
             rejected |= conformed.rejected
-            record |= _write_part(job, index, session, conformed, volumes)
-    who = [job.cohort, session["subject"], session["session"]]
+            label_map = None
+            if path := session["segmentation"]:
+                label_map, why = _label_map(job, path, scans, conformed)
+                record["label_map"] = "rejected" if why else "accepted"
+                record["label_map_rejected"] = (
+                    [*who, "segmentation", path, why.code, why.reason] if why else None
+                )
+            record |= _write_part(job, index, session, conformed, volumes, label_map)
     record["rejected"] = [
         [*who, *session["scans"][channel][:2], why.code, why.reason] for channel, why in rejected.items()
     ]
     store.write_atomic(job.record(index), json.dumps(record))
     return {"index": index}
+
+
+def _label_map(
+    job: _Job, path: str, scans: dict[str, normalise.Masked], conformed: normalise.Conformed
+) -> tuple[labels.LabelMap | None, Rejected | None]:
+    """The label map of a session on its grid, or why there is none: then its scans serve without labels."""
+    try:
+        found = nifti.read(job.root / path, root=job.root, orientation=job.spec.orientation, labels=True)
+        return (
+            labels.place(
+                found,
+                list(job.classes.values()),
+                scans,
+                conformed.transforms,
+                conformed.grid,
+                conformed.brain,
+                conformed.slices,
+            ),
+            None,
+        )
+    except Rejected as reason:
+        return None, reason
 
 
 def _write_part(
@@ -161,16 +203,15 @@ def _write_part(
     session: dict[str, Any],
     conformed: normalise.Conformed,
     volumes: dict[str, nifti.Volume],
+    label_map: labels.LabelMap | None,
 ) -> dict[str, Any]:
     """Write the row groups of a session; what its record says of them."""
     spec, run = job.spec, conformed.slices
     used = {channel: volumes[channel] for channel in spec.channels if channel in conformed.notes}
     present = sum(1 << i for i, channel in enumerate(spec.channels) if channel in used)
-    if spec.stack == "contrasts":
-        stacks = slices.to_stacks(conformed.volumes, run)
-    else:
-        stacks = slices.to_neighbours(conformed.volumes[0], run, spec.neighbours)
     names = {"cohort": job.cohort, "subject": session["subject"], "session": session["session"]}
+    stacks = _stacks(spec, conformed.volumes, run)
+    drawn = None if label_map is None else _stacks(spec, label_map.classes[None], run)[:, 0]
     tables = [
         shard.encode(
             stacks[start : start + shard.MAX_ROWS],
@@ -178,16 +219,20 @@ def _write_part(
             slices=run[start : start + shard.MAX_ROWS],
             num_slices=len(run),
             present=present,
+            masks=None if drawn is None else drawn[start : start + shard.MAX_ROWS],
             **names,
         )
         for start in range(0, len(stacks), shard.MAX_ROWS)
     ]
     shardset.publish(job.part(index), lambda path: shard.write(path, tables, spec.codec))
     warnings = [(channel, note) for channel, notes in conformed.notes.items() for note in notes]
+    warned = len({channel for channel, _ in warnings})
+    warnings += [("segmentation", note) for note in (label_map.notes if label_map else ())]
     sources = {}
     for channel, volume in used.items():
         contrast, path = session["scans"][channel][:2]
         sources[channel] = {"contrast": contrast, "path": path, "sha256": volume.sha256}
+    ml = None if label_map is None else json.dumps(dict(zip(job.classes, label_map.ml, strict=True)))
     columns = {
         **session["values"],
         **names,
@@ -197,16 +242,26 @@ def _write_part(
         "native_shape": json.dumps({channel: volume.data.shape for channel, volume in used.items()}),
         "native_affine": json.dumps({c: volume.affine.round(6).tolist() for c, volume in used.items()}),
         "stack_affine": json.dumps(conformed.grid.affine.round(6).tolist()),
-        "crop": json.dumps({"shape": conformed.grid.shape, "slices": [run.start, run.stop]}),
+        "crop": json.dumps({"shape": conformed.grid.shape, "slices": [run.start, run.stop, run.step]}),
+        "transforms": json.dumps({c: matrix.tolist() for c, matrix in conformed.transforms.items()}),
+        "mask_quality": json.dumps(dict(conformed.quality)),
+        "label_ml": ml,
         "sources": json.dumps(sources),
         "warnings": json.dumps([{"contrast": c, "code": n.code, "reason": n.reason} for c, n in warnings]),
     }
     return {
         "row_groups": [table.num_rows for table in tables],
         "bytes": job.part(index).stat().st_size,
-        "warned": len({channel for channel, _ in warnings}),
+        "warned": warned,
         "session": columns,
     }
+
+
+def _stacks(spec: Ingest, volumes: NDArray[Any], run: range) -> NDArray[Any]:
+    """Volumes [C, Z, H, W] on the grid -> stacks [n, C, S, H, W] of the slices kept."""
+    if spec.stack == "contrasts":
+        return slices.to_stacks(volumes, run)
+    return slices.to_neighbours(volumes[0], run, spec.neighbours)
 
 
 # ---- shards ---------------------------------------------------------------------------------------------------------
@@ -232,14 +287,14 @@ def _pack(row: dict[str, Any], job: _Job) -> dict[str, Any]:
 
     def tables() -> Iterator[pa.Table]:
         for record in members:
-            first = record["session"]["slice_first"]
+            first, step = record["session"]["slice_first"], json.loads(record["session"]["crop"])["slices"][2]
             for index, rows in enumerate(record["row_groups"]):
                 where = job.part(record["index"])
                 table = shard.read_row_group(where, index)
                 shard.check_rows(table, str(where))
                 names = {name: record["session"][name] for name in ("subject", "session")}
                 groups.append({**names, "rows": rows, "first_slice": first})
-                first += rows
+                first += rows * step
                 yield table
 
     folder = job.folder / "shards"
@@ -261,8 +316,15 @@ def _pack(row: dict[str, Any], job: _Job) -> dict[str, Any]:
     return {"index": row["index"]}
 
 
-def _make(card: Card, spec: Ingest, table: cohort.CohortTable, target: Artefact, progress: Progress) -> None:
-    job = _Job(card.name, table.root, target.path, spec)
+def _make(
+    card: Card,
+    spec: Ingest,
+    table: cohort.CohortTable,
+    target: Artefact,
+    needs: Provisions,
+    progress: Progress,
+) -> None:
+    job = _Job(card.name, table.root, target.path, spec, dict(card.segmentation), needs)
     for folder in (job.work, target.path / "shards"):
         folder.mkdir(parents=True, exist_ok=True)
     sessions = [wanted for session in table.sessions if (wanted := _wanted(session, spec))["scans"]]
@@ -296,7 +358,7 @@ def _wanted(session: cohort.Session, spec: Ingest) -> dict[str, Any]:
     found = {channel: session.scans.get(_source(spec, channel)) for channel in spec.channels}
     scans = {channel: (s.contrast, s.path, s.mask, s.note) for channel, s in found.items() if s}
     names = {"subject": session.subject, "session": session.session}
-    return {**names, "scans": scans, "values": dict(session.values)}
+    return {**names, "scans": scans, "values": dict(session.values), "segmentation": session.segmentation}
 
 
 def _on_ray(

@@ -37,6 +37,9 @@ RECORD = {  # columns of sessions.parquet beside those of the card; a string hol
     "native_affine": pa.string(),  # of each channel: voxel -> RAS mm
     "stack_affine": pa.string(),  # (row, column, slice, 1) -> RAS mm
     "crop": pa.string(),  # the whole grid's shape [Z, H, W] and the run of slices kept
+    "transforms": pa.string(),  # of each channel: its world -> the session's (4x4, RAS mm), for the way back
+    "mask_quality": pa.string(),  # of each channel: source, ml, border_cm2, dice
+    "label_ml": pa.string(),  # of each class of the label map, in the slices kept; null without one
     "sources": pa.string(),  # of each channel: contrast, path, sha256
     "warnings": pa.string(),
 }
@@ -71,6 +74,7 @@ def commit(
     """Write the tables, check that everything adds up, commit the manifest, remove what was in the way."""
     unread = [[card.name, r.subject, r.session, r.contrast, r.path, r.code, r.reason] for r in refused]
     rejected = sorted([row for record in records for row in record["rejected"]] + unread)
+    maps = Counter(record["label_map"] for record in records)
     sessions = [record["session"] for record in records if record["row_groups"]]
     scans = sum(record["scans"] for record in records) + len(refused)
     warned = sum(record["warned"] for record in records)
@@ -83,6 +87,13 @@ def commit(
         "subjects": len({session["subject"] for session in sessions}),
         "stacks": sum(entry["rows"] for entry in shards),
     }
+    if maps.keys() - {
+        None
+    }:  # counted apart, so that the scans add up; unused: no scan of the session was accepted
+        counts |= {f"label_maps_{outcome}": maps[outcome] for outcome in ("accepted", "rejected", "unused")}
+    rejected = sorted(
+        rejected + [record["label_map_rejected"] for record in records if record["label_map_rejected"]]
+    )
     codes = dict(Counter(row[5] for row in rejected))
     if not sessions:
         raise UserError(
@@ -106,7 +117,7 @@ def commit(
         "preprocessing_hash": fingerprint(spec.preprocessing),
         "channels": list(spec.channels),
         "shape": list(spec.shape),
-        "dtype": "uint8",
+        "dtype": spec.dtype,
         "codec": spec.codec,
         "counts": counts,
         "missing": {c: sum(not s["present"] >> i & 1 for s in sessions) for i, c in enumerate(spec.channels)},
@@ -194,7 +205,7 @@ def _problem(
             "SHARD_CORRUPT", entry["file"], f"has {path.stat().st_size} bytes, not {entry['bytes']}"
         )
     rows = tuple(group["rows"] for group in entry["row_groups"])
-    expected = shard.Footer(rows, tuple(manifest["shape"]), tuple(manifest["channels"]))
+    expected = shard.Footer(rows, tuple(manifest["shape"]), tuple(manifest["channels"]), manifest["dtype"])
     if footer != expected:
         return Problem(
             "SHARD_CORRUPT", entry["file"], "has other row groups, shape or channels than the manifest says"
