@@ -111,6 +111,6 @@ def test_people_of_brats_are_found_in_ucsf_pdgm_by_its_own_table(tmp_path: Path)
     metadata = tmp_path / "ucsf" / "UCSF-PDGM-metadata_v5.csv"
     metadata.rename(tmp_path / "brats" / metadata.name)
     table = cohort.scan(load_card("brats2020"), tmp_path / "brats")
-    assert table.overlap_ids["ucsf_pdgm"] == {"BraTS20_Training_369": ["0004"]}
+    assert table.overlap_ids["ucsf_pdgm"] == {"BraTS20_Training_369": ("0004",)}
     theirs = {s.subject for s in cohort.scan(load_card("ucsf_pdgm"), tmp_path / "ucsf").sessions}
     assert "0004" in theirs

@@ -662,7 +662,7 @@ def brats2020(root: Path) -> Expected:
         "2 subjects have no row in survival_info.csv: BraTS20_Training_355, BraTS20_Training_369",
         "who is also in ucsf_pdgm is not known without BraTS2023_2017_GLI_Mapping.xlsx and UCSF-PDGM-metadata_v5.csv",
     )
-    shared = {"upenn_gbm": {"BraTS20_Training_001": ["00011"]}}
+    shared = {"upenn_gbm": {"BraTS20_Training_001": ("00011",)}}
     return Expected("brats2020", sessions, notes=notes, counts=2, shared=shared)
 
 

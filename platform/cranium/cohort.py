@@ -8,7 +8,7 @@ import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from cranium import clinical, series
@@ -18,9 +18,8 @@ from cranium.config import UserError
 from cranium.patterns import Match, belongs, matching
 from cranium.tables import Folder, translate
 
-__all__ = ["FLOATS", "CohortTable", "OverlapIds", "Refused", "Scan", "Session", "Value", "label_of", "scan"]
+__all__ = ["FLOATS", "CohortTable", "Refused", "Scan", "Session", "Value", "label_of", "scan"]
 
-OverlapIds = dict[str, dict[str, list[str]]]  # other collection -> our subject -> theirs
 Claims = dict[tuple[str, str, str], list[Match]]  # by subject, session, contrast
 
 
@@ -65,8 +64,10 @@ class CohortTable:
     refused: tuple[Refused, ...]
     files: tuple[tuple[str, int], ...]
     tables: tuple[Path, ...]  # that labels and demographics were read from
-    overlap_ids: OverlapIds  # where the card's mapping could be walked
     notes: tuple[str, ...]
+    overlap_ids: Mapping[str, Mapping[str, tuple[str, ...]]] = field(
+        default_factory=dict
+    )  # other cohort -> ours -> theirs
 
     @property
     def missing(self) -> dict[str, int]:
@@ -108,9 +109,11 @@ def scan(
     sessions = tuple(replace(s, values=k.values) for s, k in zip(sessions, known, strict=True))
     used = _identity(sessions, refused, files)
     alike = _near_collisions(s.subject for s in sessions)
-    shared, unmapped = _shared(card, sessions, folders)
-    notes = (*alike, *_off(card, sessions), *claimed.notes, *notes, *unmapped)
-    return CohortTable(root, layout, sessions, refused, used, read, shared, notes)
+    subjects = sorted({s.subject for s in sessions})
+    walked = {overlap.cohort: translate(overlap, subjects, folders) for overlap in card.overlaps}
+    overlap_ids = {other: ids for other, ids in walked.items() if ids is not None}
+    notes = (*alike, *_off(card, sessions), *claimed.notes, *notes, *_unmapped(card, walked))
+    return CohortTable(root, layout, sessions, refused, used, read, notes, overlap_ids)
 
 
 def label_of(label: Label, value: Value) -> str | None:
@@ -136,20 +139,12 @@ def _known(card: Card, layout: Layout, session: Session, claims: Claims) -> Know
     return known
 
 
-def _shared(card: Card, sessions: tuple[Session, ...], folders: list[Folder]) -> tuple[OverlapIds, list[str]]:
-    """Who is whom in other collections, by the public tables that the card names; notes where one is missing."""
-    shared: OverlapIds = {}
-    notes: list[str] = []
+def _unmapped(card: Card, walked: Mapping[str, object]) -> Iterator[str]:
+    """Overlaps whose mapping could not be walked, for want of a table."""
     for overlap in card.overlaps:
-        ids = translate(overlap, {s.subject for s in sessions}, folders)
-        if ids is not None:
-            shared[overlap.cohort] = {ours: list(theirs) for ours, theirs in ids.items()}
-        elif overlap.mapping:
+        if overlap.mapping and walked[overlap.cohort] is None:
             names = " and ".join(step.file[0] for step in overlap.mapping)
-            notes.append(
-                f"who is also in {overlap.cohort} is not known without {names}; put them beside the tables"
-            )
-    return shared, notes
+            yield f"who is also in {overlap.cohort} is not known without {names}; put them beside the tables"
 
 
 def _off(card: Card, sessions: tuple[Session, ...]) -> Iterator[str]:

@@ -101,7 +101,7 @@ def _key(card: Card, spec: Ingest, table: cohort.CohortTable) -> dict[str, Any]:
         "shard_mb": spec.shard_mb,
         "files": table.files,
         "tables": [store.sha256(path) for path in table.tables],
-        "overlap_ids": table.overlap_ids,
+        **({"overlap_ids": table.overlap_ids} if table.overlap_ids else {}),
     }
 
 

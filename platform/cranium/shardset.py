@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,7 +69,7 @@ def commit(
     shards: list[dict[str, Any]],
     refused: tuple[cohort.Refused, ...],
     notes: tuple[str, ...],
-    overlap_ids: cohort.OverlapIds,
+    overlap_ids: Mapping[str, Mapping[str, tuple[str, ...]]],
 ) -> None:
     """Write the tables, check that everything adds up, commit the manifest, remove what was in the way."""
     unread = [[card.name, r.subject, r.session, r.contrast, r.path, r.code, r.reason] for r in refused]
@@ -124,7 +124,7 @@ def commit(
         "shards": shards,
         "rejections": codes,
         "notes": list(notes),
-        "overlap_ids": overlap_ids,  # other collection -> our subject -> theirs
+        "overlap_ids": overlap_ids,  # other cohort -> our subject -> theirs, of declared overlaps with a mapping
         "code_version": cranium.__version__,
         "recipe": RECIPE,
         "simulated": card.simulated,
