@@ -243,6 +243,21 @@ def test_the_best_label_map_is_taken_and_belongs_to_its_session(tmp_path: Path) 
     assert {path for path, _ in table.files} == {*scans, "manual/01_seg.nii.gz", "auto/02_approx.nii.gz"}
 
 
+def test_what_no_pattern_takes_is_noted(tmp_path: Path) -> None:
+    names = (
+        "sub-01/anat/sub-01_T1w.nii.gz",
+        "seg/01.nii",
+        "sub-01/anat/sub-01_T1map.nii.gz",
+        "x/._y.nii.gz",
+        "a.txt",
+    )
+    layout = {"segmentation": "seg/{subject}.nii"}
+    table = cohort.scan(with_layout(layout, segmentation={"tumour": [1]}), tree(tmp_path, *names))
+    assert table.notes == (
+        "1 NIfTI files fit no pattern of the card, such as sub-01/anat/sub-01_T1map.nii.gz",
+    )
+
+
 def test_other_counts_than_published_are_noted(tmp_path: Path) -> None:
     root = tree(tmp_path, *(f"sub-{s}/anat/sub-{s}_T1w.nii.gz" for s in ("01", "02")))
     expected = {"subjects": 2, "scans": 5, "source": "a paper"}

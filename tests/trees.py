@@ -48,6 +48,7 @@ class Expected:
         default_factory=dict
     )  # people in other collections
     counts: int = 0  # how many notes compare counts
+    unused: int = 0  # NIfTI files that are none of the cohort's scans
     refused: tuple[tuple[str, str], ...] = ()  # code and last part of the path of what is used for nothing
 
 
@@ -167,7 +168,7 @@ def oasis3(root: Path) -> Expected:
     )
     _oasis_tables(root)
     first = "OAS30001_MR_d0129/anat2/sub-OAS30001_ses-d0129_run-01_T1w.nii.gz"
-    return Expected("oasis3", _oasis_sessions(first), "sessions", (OASIS_NOTE,), counts=1)
+    return Expected("oasis3", _oasis_sessions(first), "sessions", (OASIS_NOTE,), counts=1, unused=4)
 
 
 def oasis3_bids(root: Path) -> Expected:
@@ -180,7 +181,9 @@ def oasis3_bids(root: Path) -> Expected:
     scan(root / "sub-OAS30002/ses-d0653/anat/sub-OAS30002_ses-d0653_T1w.nii.gz", "T1w", 1)
     other(root, "sub-OAS30001/ses-d0129/func/sub-OAS30001_ses-d0129_task-rest_run-01_bold.nii.gz")
     _oasis_tables(root)
-    return Expected("oasis3", _oasis_sessions(f"{anat}_run-01_T1w.nii.gz"), "bids", (OASIS_NOTE,), counts=1)
+    return Expected(
+        "oasis3", _oasis_sessions(f"{anat}_run-01_T1w.nii.gz"), "bids", (OASIS_NOTE,), counts=1, unused=1
+    )
 
 
 # ---- NACC: JinqianPan/NACC_image (a session is NACCMNUM), atri-biostats/NACCADRC (columns) --------------------------
@@ -600,6 +603,7 @@ def habs(root: Path) -> Expected:
         },
         "release",
         counts=1,
+        unused=2,
     )
 
 
@@ -705,6 +709,7 @@ def upenn_gbm(root: Path) -> Expected:
             ("00002", "21"): Found(("T1ce", "T1w", "T2w"), {"idh": None, "mgmt": None}, None, {"age": 60.5}),
         },
         counts=3,
+        unused=14,
     )
 
 
@@ -746,6 +751,7 @@ def ucsf_pdgm(root: Path) -> Expected:
             ("0433", "FU007d"): found("UCSF-PDGM-0433_FU007d", "2", "mutant"),
         },
         counts=2,
+        unused=24,
     )
 
 
@@ -864,6 +870,7 @@ def bids(root: Path) -> Expected:
             ("02x", ""): Found(("PDw", "T1w")),
         },
         "bids",
+        unused=6,
     )
 
 
@@ -873,7 +880,7 @@ def ixi(root: Path) -> Expected:
     scan(root / "IXI-T1/IXI012-HH-1211-T1.nii.gz", "T1w", 1)
     other(root, "IXI-MRA/IXI002-Guys-0828-MRA.nii.gz", "IXI.xls")
     sessions = {("IXI002", ""): Found(("PDw", "T1w", "T2w")), ("IXI012", ""): Found(("T1w",))}
-    return Expected("bids", sessions, "ixi")
+    return Expected("bids", sessions, "ixi", unused=1)
 
 
 def fomo(root: Path) -> Expected:

@@ -112,7 +112,8 @@ def scan(
     subjects = sorted({s.subject for s in sessions})
     walked = {overlap.cohort: translate(overlap, subjects, folders) for overlap in card.overlaps}
     overlap_ids = {other: ids for other, ids in walked.items() if ids is not None}
-    notes = (*alike, *_off(card, sessions), *claimed.notes, *notes, *_unmapped(card, walked))
+    told = (*claimed.notes, *_unused(layout, files, claimed.claims))
+    notes = (*alike, *_off(card, sessions), *told, *notes, *_unmapped(card, walked))
     return CohortTable(root, layout, sessions, refused, used, read, notes, overlap_ids)
 
 
@@ -137,6 +138,17 @@ def _known(card: Card, layout: Layout, session: Session, claims: Claims) -> Know
             with contextlib.suppress(ValueError):  # digits that are no date: the session has none
                 known.day, known.dated = datetime.date.fromisoformat(parts["date"]).toordinal(), True
     return known
+
+
+def _unused(layout: Layout, files: Mapping[str, int], claims: Claims) -> Iterator[str]:
+    """NIfTI files that no pattern takes for anything: mostly as it should be, but never unseen."""
+    beside = [*([layout.mask] if layout.mask else []), *layout.segmentation]
+    known = {claim.path for every in claims.values() for claim in every}
+    known |= {path for pattern in beside for path, _ in matching(pattern, files)}
+    left = [path for path in files if path.endswith((".nii", ".nii.gz")) and path not in known]
+    left = [path for path in left if not path.rpartition("/")[2].startswith(".")]
+    if left:
+        yield f"{len(left)} NIfTI files fit no pattern of the card, such as {', '.join(left[:3])}"
 
 
 def _unmapped(card: Card, walked: Mapping[str, object]) -> Iterator[str]:
