@@ -215,6 +215,19 @@ def test_several_acquisitions_are_repeats(
     assert ("lowest" in str(scan.note)) == ("run" in taken and repeats == "first")
 
 
+def test_a_file_is_one_claim_and_of_one_contrast(tmp_path: Path) -> None:
+    path = "sub-01/anat/sub-01_acq-a_T1w.nii.gz"
+    wide = "sub-{subject}/anat/sub-{subject}_{rest}.nii.gz"
+    scan = (
+        cohort.scan(with_layout({"files": {"T1w": [ACQ, wide]}}), tree(tmp_path, path))
+        .sessions[0]
+        .scans["T1w"]
+    )
+    assert (scan.path, scan.note) == (path, None)
+    both = with_layout({"files": {"T1w": [ACQ], "T1ce": [wide]}}, contrasts=["T1w", "T1ce"])
+    assert f"{path} fits patterns of T1w and of T1ce" in error(lambda: cohort.scan(both, tmp_path), "PATTERN")
+
+
 def test_compressed_and_plain_are_one_scan_twice(tmp_path: Path) -> None:
     root = tree(tmp_path, *(f"sub-01/anat/sub-01_acq-a_T1w.nii{gz}" for gz in ("", ".gz")))
     table = cohort.scan(with_layout({}), root)
@@ -228,6 +241,21 @@ def test_the_best_label_map_is_taken_and_belongs_to_its_session(tmp_path: Path) 
     table = cohort.scan(with_layout({"segmentation": maps}, segmentation={"tumour": [1, 4]}), root)
     assert [s.segmentation for s in table.sessions] == ["manual/01_seg.nii.gz", "auto/02_approx.nii.gz", None]
     assert {path for path, _ in table.files} == {*scans, "manual/01_seg.nii.gz", "auto/02_approx.nii.gz"}
+
+
+def test_what_no_pattern_takes_is_noted(tmp_path: Path) -> None:
+    names = (
+        "sub-01/anat/sub-01_T1w.nii.gz",
+        "seg/01.nii",
+        "sub-01/anat/sub-01_T1map.nii.gz",
+        "x/._y.nii.gz",
+        "a.txt",
+    )
+    layout = {"segmentation": "seg/{subject}.nii"}
+    table = cohort.scan(with_layout(layout, segmentation={"tumour": [1]}), tree(tmp_path, *names))
+    assert table.notes == (
+        "1 NIfTI files fit no pattern of the card, such as sub-01/anat/sub-01_T1map.nii.gz",
+    )
 
 
 def test_other_counts_than_published_are_noted(tmp_path: Path) -> None:

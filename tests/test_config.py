@@ -132,3 +132,33 @@ def test_an_unknown_cohort_names_its_neighbour(tmp_path: Path) -> None:
     assert load_card("phantom", tmp_path).name == "phantom"
     with pytest.raises(UserError, match="did you mean phantom"):
         load_card("fantom", tmp_path)
+
+
+def test_ways_to_a_mask_are_one_or_several(tmp_path: Path) -> None:
+    assert _load(tmp_path, TINY, "ingest.mask=otsu").ingest.mask == ("otsu",)
+    assert _load(tmp_path, TINY, "ingest.mask=[supplied,deepbet]").ingest.mask == ("supplied", "deepbet")
+    for wrong in ("ingest.mask=[]", "ingest.mask=[otsu,otsu]", "ingest.mask=command", "ingest.mask_tool=x"):
+        with pytest.raises(UserError, match="mask"):
+            _load(tmp_path, TINY, wrong)
+
+
+def test_wide_pixels_are_not_for_the_models(tmp_path: Path) -> None:
+    assert _load(tmp_path, TINY, "ingest.dtype=uint16").ingest.dtype == "uint16"
+    with pytest.raises(UserError, match="uint16"):
+        _load(tmp_path, TINY + "pretrain: {cohorts: [a]}", "ingest.dtype=uint16")
+
+
+def test_how_scans_are_prepared_shapes_an_identity(tmp_path: Path) -> None:
+    one = config.fingerprint(_load(tmp_path, TINY).ingest.preprocessing)
+    changes = (
+        "align=none",
+        "space=mni",
+        "bias_correction=n4",
+        "mask=otsu",
+        "dtype=uint16",
+        "orientation=sform",
+    )
+    for change in (*changes, "slices.every=2", "slices.rule=range"):
+        assert one != config.fingerprint(_load(tmp_path, TINY, f"ingest.{change}").ingest.preprocessing), (
+            change
+        )

@@ -54,6 +54,9 @@ def test_every_yaml_validates(capsys: pytest.CaptureFixture[str], monkeypatch: p
         p for f in ("datasets", "experiments") for p in (ROOT / f).rglob("*.yaml") if p.parent.name != "base"
     ]
     assert count == len(every) >= 14
+    assert (
+        "  nacc: layout 1\n" in printed.out
+    )  # what nobody could verify is listed, as finely as it is declared
 
 
 def test_every_base_is_used() -> None:

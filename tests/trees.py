@@ -7,6 +7,7 @@ included, and tells what a scan must find there. Volumes are tiny heads of `phan
 from __future__ import annotations
 
 import csv
+import datetime
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import openpyxl
 
+import dicoms
 import phantoms
 
 SHAPE, SPACING = (12, 14, 10), (16.0, 16.0, 16.0)
@@ -39,8 +41,15 @@ class Expected:
     card: str
     sessions: Mapping[tuple[str, str], Found]
     layout: str | None = None
-    notes: tuple[str, ...] = ()  # whole, in any order, but for the counts of the published collection
+    notes: tuple[
+        str, ...
+    ] = ()  # how they begin, in any order, but for the counts of the published collection
+    shared: Mapping[str, Mapping[str, Sequence[str]]] = field(
+        default_factory=dict
+    )  # people in other collections
     counts: int = 0  # how many notes compare counts
+    unused: int = 0  # NIfTI files that are none of the cohort's scans
+    refused: tuple[tuple[str, str], ...] = ()  # code and last part of the path of what is used for nothing
 
 
 def scan(path: Path, contrast: str, seed: int = 0) -> None:
@@ -159,7 +168,7 @@ def oasis3(root: Path) -> Expected:
     )
     _oasis_tables(root)
     first = "OAS30001_MR_d0129/anat2/sub-OAS30001_ses-d0129_run-01_T1w.nii.gz"
-    return Expected("oasis3", _oasis_sessions(first), "sessions", (OASIS_NOTE,), counts=1)
+    return Expected("oasis3", _oasis_sessions(first), "sessions", (OASIS_NOTE,), counts=1, unused=4)
 
 
 def oasis3_bids(root: Path) -> Expected:
@@ -172,7 +181,9 @@ def oasis3_bids(root: Path) -> Expected:
     scan(root / "sub-OAS30002/ses-d0653/anat/sub-OAS30002_ses-d0653_T1w.nii.gz", "T1w", 1)
     other(root, "sub-OAS30001/ses-d0129/func/sub-OAS30001_ses-d0129_task-rest_run-01_bold.nii.gz")
     _oasis_tables(root)
-    return Expected("oasis3", _oasis_sessions(f"{anat}_run-01_T1w.nii.gz"), "bids", (OASIS_NOTE,), counts=1)
+    return Expected(
+        "oasis3", _oasis_sessions(f"{anat}_run-01_T1w.nii.gz"), "bids", (OASIS_NOTE,), counts=1, unused=1
+    )
 
 
 # ---- NACC: JinqianPan/NACC_image (a session is NACCMNUM), atri-biostats/NACCADRC (columns) --------------------------
@@ -354,6 +365,211 @@ def nifd_clinica(root: Path) -> Expected:
     )
 
 
+# ---- DICOM of LONI: CoBrALab's ADNI page, Clinica's converters of ADNI, AIBL and NIFD -------------------------------
+
+
+def dicom(
+    folder: Path, sequence: str, subject: str, date: str, time: str, number: int, seed: int = 0, **more: Any
+) -> None:
+    """One series in a folder of its own; `date` as YYYY-MM-DD or MM-DD-YYYY."""
+    parts = date.split("-")
+    stamp = "".join(parts) if len(parts[0]) == 4 else parts[2] + parts[0] + parts[1]
+    dicoms.series(
+        folder,
+        sequence,
+        seed=seed,
+        subject=subject,
+        study=stamp,
+        number=number,
+        time=time,
+        date=stamp,
+        shape=SHAPE,
+        spacing=SPACING,
+        **more,
+    )
+
+
+def _loni(
+    root: Path, project: str, subject: str, date: str, series: Sequence[tuple[str, str, str]], seed: int = 0
+) -> None:
+    """project/subject/description/date_time/image/*.dcm, as the archive packs a collection."""
+    for number, (sequence, description, time) in enumerate(series, 1):
+        clock = f"{time[:2]}_{time[2:4]}_{time[4:]}.0"
+        image = f"I{100000 + 1000 * seed + number}"
+        folder = root / project / subject / description / f"{date}_{clock}" / image
+        name = f"{project}_{subject}_MR_{description}_br_raw_20180302130514878_{{}}_S{66000 + number}_{image}.dcm"
+        text = description.replace("_", " ")
+        dicom(folder, sequence, subject, date, time, number, seed, name=name, SeriesDescription=text)
+
+
+COLLECTION = (
+    "Image Data ID", "Subject", "Group", "Sex", "Age", "Visit", "Modality", "Description", "Type", "Acq Date", "Format",
+    "Downloaded",
+)  # fmt: skip
+
+
+def adni(root: Path) -> Expected:
+    """Two visits of one, a repeated MPRAGE, a localizer, and a diagnosis per visit; a list of the collection beside."""
+    first = (
+        ("localizer", "localizer", "120001"),
+        ("mprage", "MPRAGE", "123152"),
+        ("mprage", "MPRAGE_REPEAT", "124001"),
+        ("flair", "Axial_T2-FLAIR", "130101"),
+    )
+    _loni(root, "ADNI", "002_S_0413", "2006-05-02", first)
+    _loni(root, "ADNI", "002_S_0413", "2017-06-21", (("mprage", "Accelerated_Sagittal_MPRAGE", "132338"),), 1)
+    _loni(root, "ADNI", "005_S_0221", "2006-01-10", (("mprage", "MPRAGE", "101112"),), 2)
+    rows = [
+        {
+            "Image Data ID": "I100002",
+            "Subject": "002_S_0413",
+            "Sex": "F",
+            "Age": 76,
+            "Modality": "MRI",
+            "Acq Date": "5/02/2006",
+        },
+        {
+            "Image Data ID": "I100003",
+            "Subject": "002_S_0413",
+            "Sex": "F",
+            "Age": 76,
+            "Modality": "MRI",
+            "Acq Date": "5/02/2006",
+        },
+        {
+            "Image Data ID": "I101001",
+            "Subject": "002_S_0413",
+            "Sex": "F",
+            "Age": 87,
+            "Modality": "MRI",
+            "Acq Date": "6/21/2017",
+        },
+        {
+            "Image Data ID": "I102001",
+            "Subject": "005_S_0221",
+            "Sex": "M",
+            "Age": 68,
+            "Modality": "MRI",
+            "Acq Date": "1/10/2006",
+        },
+    ]
+    table(root / "everyone_3_01_2024.csv", _columns(COLLECTION, rows))
+    table(
+        root / "All_Subjects_DXSUM_26Sep2024.csv",
+        "PHASE,PTID,RID,VISCODE,EXAMDATE,DIAGNOSIS\n"
+        "ADNI1,002_S_0413,413,bl,2006-05-19,1\nADNI1,002_S_0413,413,m12,2007-06-01,1\nADNI3,002_S_0413,413,y1,2017-08-01,2\n"
+        "ADNI1,005_S_0221,221,bl,2006-01-05,3\nADNI1,005_S_0221,221,m06,2006-01-15,2\n",
+    )
+    taken = "ADNI/002_S_0413/MPRAGE/2006-05-02_12_31_52.0/I100002"
+    return Expected(
+        "adni",
+        {
+            ("002_S_0413", "2006-05-02"): Found(
+                ("FLAIR", "T1w"),
+                {"diagnosis": "CN"},
+                values={"age": 76.0, "sex": "F"},
+                repeats={"T1w": taken},
+            ),
+            ("002_S_0413", "2017-06-21"): Found(("T1w",), {"diagnosis": "MCI"}, values={"age": 87.0}),
+            ("005_S_0221", "2006-01-10"): Found(
+                ("T1w",), {"diagnosis": None}, values={"age": 68.0, "sex": "M"}
+            ),
+        },
+        "loni",
+        (
+            "1 sessions lie between two visits that differ in All_Subjects_DXSUM_26Sep2024.csv, none taken: "
+            "005_S_0221 2006-01-10",
+            "AGENT_SILENT, 4 DICOM series",
+        ),
+        refused=(("LOCALIZER", "I100001"),),
+    )
+
+
+def aibl(root: Path) -> Expected:
+    """RIDs as folders; diagnoses of VISCODEs, which the two lists of scans date; -4 says nothing."""
+    _loni(
+        root,
+        "AIBL",
+        "5",
+        "2007-11-02",
+        (("mprage", "MPRAGE_ADNI_confirmed", "101500"), ("localizer", "localizer", "100000")),
+    )
+    _loni(root, "AIBL", "5", "2009-05-06", (("mprage", "MPRAGE_ADNI_confirmed_REPEAT", "111500"),), 1)
+    _loni(root, "AIBL", "12", "2008-03-04", (("mprage", "MPRAGE", "121500"),), 2)
+    scans = "RID,SITEID,VISCODE,EXAMDATE,MMSMPRAGE\n"
+    table(
+        root / "aibl_mri3meta_01-Jun-2018.csv",
+        scans + "5,1,bl,11/02/2007,1\n5,1,m18,05/06/2009,1\n5,1,m36,-4,-4\n",
+    )
+    table(root / "aibl_mrimeta_01-Jun-2018.csv", scans + "12,2,bl,03/04/2008,1\n")
+    table(
+        root / "aibl_pdxconv_01-Jun-2018.csv",
+        "RID,SITEID,VISCODE,DXNORM,DXMCI,DXAD,DXCURREN\n5,1,bl,1,-4,-4,1\n5,1,m18,-4,1,-4,2\n12,2,bl,-4,-4,-4,-4\n",
+    )
+    table(
+        root / "aibl_ptdemog_01-Jun-2018.csv",
+        "RID,SITEID,VISCODE,PTGENDER,PTDOB\n5,1,bl,2,/1940\n12,2,bl,1,/1935\n",
+    )
+    return Expected(
+        "aibl",
+        {
+            ("12", "2008-03-04"): Found(("T1w",), {"diagnosis": None}, values={"sex": "M", "age": None}),
+            ("5", "2007-11-02"): Found(("T1w",), {"diagnosis": "CN"}, values={"sex": "F"}),
+            ("5", "2009-05-06"): Found(("T1w",), {"diagnosis": "MCI"}, values={"sex": "F"}),
+        },
+        "loni",
+        (
+            "1 subjects have no row in aibl_mri3meta_01-Jun-2018.csv: 12",
+            "1 subjects have no row in aibl_mrimeta_01-Jun-2018.csv: 5",
+            "*.csv is missing with columns Subject, Acq Date, Age, so age are absent",
+            "AGENT_SILENT, 3 DICOM series",
+        ),
+        refused=(("LOCALIZER", "I100002"),),
+    )
+
+
+def nifd(root: Path) -> Expected:
+    """As ADNI, with a workbook of clinical visits whose dates are cells of a date's type."""
+    series = (("mprage", "t1_mprage", "101500"), ("flair", "t2_flair", "102500"), ("t2", "t2_tse", "103500"))
+    _loni(root, "NIFD", "1_S_0001", "2010-09-08", series)
+    _loni(root, "NIFD", "3_S_0023", "2012-02-03", (("mprage", "t1_mprage", "101500"),), 1)
+    day = datetime.datetime
+    rows = [
+        (
+            "LONI_ID",
+            "SITE",
+            "EDUCATION",
+            "RACE",
+            "VISIT_NUMBER",
+            "CLINICAL_LINKDATE",
+            "DX",
+            "MMSE_TOT",
+            "CDR_BOX_SCORE",
+        ),
+        ("1_S_0001", "UCSF", 16, 1, 1, day(2010, 9, 1), "BV", 25, 4.5),
+        ("1_S_0001", "UCSF", 16, 1, 2, day(2011, 3, 20), "BV", -9, 6),
+        ("3_S_0023", "MAYO", 18, 1, 1, day(2012, 1, 30), "CON", 30, 0),
+    ]
+    workbook(root / "clinical/NIFD_Clinical_Data_2017_final_updated.xlsx", rows)
+    listed = [{"Subject": "1_S_0001", "Sex": "M", "Age": 61, "Acq Date": "9/08/2010"}]
+    table(root / "nifd_9_01_2020.csv", _columns(COLLECTION, listed))
+    return Expected(
+        "nifd",
+        {
+            ("1_S_0001", "2010-09-08"): Found(
+                ("FLAIR", "T1w", "T2w"),
+                {"diagnosis": "FTD", "variant": "behavioural"},
+                values={"age": 61.0, "sex": "M", "site": "UCSF"},
+            ),
+            ("3_S_0023", "2012-02-03"): Found(
+                ("T1w",), {"diagnosis": "CN", "variant": "CN"}, values={"site": "MAYO"}
+            ),
+        },
+        "loni",
+        ("1 subjects have no row in nifd_9_01_2020.csv: 3_S_0023", "AGENT_SILENT, 2 DICOM series"),
+    )
+
+
 # ---- HABS: clinica/converters/habs_to_bids/_converter.py, the archive's names as they are parsed there --------------
 
 
@@ -387,6 +603,7 @@ def habs(root: Path) -> Expected:
         },
         "release",
         counts=1,
+        unused=2,
     )
 
 
@@ -409,6 +626,29 @@ def brats2020(root: Path) -> Expected:
         "HGG,Brats17_CBICA_AAB_1,Brats18_CBICA_AAB_1,NA,BraTS19_CBICA_AAB_1,BraTS20_Training_001\n"
         "LGG,NA,NA,NA,NA,BraTS20_Training_355\nLGG,NA,NA,NA,NA,BraTS20_Training_369\n",
     )
+    workbook(
+        root / "BraTS2023_2017_GLI_Mapping.xlsx",
+        [
+            ("BraTS2023", "BraTS2021", "BraTS2020", "Cohort Name (if publicly available)"),
+            ("BraTS-GLI-00097-000", "BraTS2021_00097", "BraTS20_Training_369", "Private Collection"),
+            ("BraTS-GLI-00495-000", "BraTS2021_00495", "BraTS20_Training_001", "Private Collection"),
+            ("BraTS-GLI-00500-000", "BraTS2021_00500", None, "Private Collection"),
+        ],
+    )
+    workbook(
+        root / "BraTS2021_MappingToTCIA.xlsx",
+        [
+            (
+                "Data Collection (as on TCIA+additional)",
+                "Site ID",
+                "PatientID on TCIA Radiology Portal",
+                "BraTS2021 ID",
+            ),
+            ("UPENN-GBM", 1, "UPENN-GBM-00011_11", "BraTS2021_00495"),
+            ("UCSF-PDGM", 18, "4", "BraTS2021_00097"),
+            ("UPENN-GBM_Additional", 1, "new-not-previously-in-TCIA", "BraTS2021_00500"),
+        ],
+    )
     table(
         root / "survival_info.csv",
         "Brats20ID,Age,Survival_days,Extent_of_Resection\nBraTS20_Training_001,60.463,289,GTR\n",
@@ -422,8 +662,12 @@ def brats2020(root: Path) -> Expected:
         (case, ""): Found(sorted(GLIOMA), {"grade": grade}, seg, {"age": age})
         for case, (grade, seg, age) in found.items()
     }
-    missing = "2 subjects have no row in survival_info.csv: BraTS20_Training_355, BraTS20_Training_369"
-    return Expected("brats2020", sessions, notes=(missing,), counts=2)
+    notes = (
+        "2 subjects have no row in survival_info.csv: BraTS20_Training_355, BraTS20_Training_369",
+        "who is also in ucsf_pdgm is not known without BraTS2023_2017_GLI_Mapping.xlsx and UCSF-PDGM-metadata_v5.csv",
+    )
+    shared = {"upenn_gbm": {"BraTS20_Training_001": ("00011",)}}
+    return Expected("brats2020", sessions, notes=notes, counts=2, shared=shared)
 
 
 def upenn_gbm(root: Path) -> Expected:
@@ -465,6 +709,7 @@ def upenn_gbm(root: Path) -> Expected:
             ("00002", "21"): Found(("T1ce", "T1w", "T2w"), {"idh": None, "mgmt": None}, None, {"age": 60.5}),
         },
         counts=3,
+        unused=14,
     )
 
 
@@ -506,7 +751,59 @@ def ucsf_pdgm(root: Path) -> Expected:
             ("0433", "FU007d"): found("UCSF-PDGM-0433_FU007d", "2", "mutant"),
         },
         counts=2,
+        unused=24,
     )
+
+
+# ---- DICOM of TCIA, as the NBIA Data Retriever names folders --------------------------------------------------------
+
+
+def _nbia(study: Path, subject: str, date: str, series: Sequence[tuple[str, str]], seed: int = 0) -> None:
+    for number, (sequence, description) in enumerate(series, 1):
+        folder = study / f"{number}00.000000-{description}-{39990 + number}"
+        dicom(
+            folder, sequence, subject, date, f"10{number:02}00", number, seed, SeriesDescription=description
+        )
+
+
+def burdenko_gbm(root: Path) -> Expected:
+    """kurmukovai/burdenko_glioma_progression: planning with CT and radiotherapy objects, then control visits."""
+    at = root / "manifest-1676999639835/Burdenko-GBM-Progression/Burdenko-GBM-001"
+    planning = (
+        ("ct", "CT"),
+        ("t1", "MR0T1"),
+        ("t1_post", "MR0T1C"),
+        ("t2", "MR0T2"),
+        ("flair", "MR0T2FLAIR"),
+    )
+    _nbia(at / "05-06-2004-NA-Radiotherapy planning 00-01357", "Burdenko-GBM-001", "05-06-2004", planning)
+    control = (("t1_post", "MR0T1C"), ("flair", "MR0T2FLAIR"))
+    _nbia(at / "03-02-2006-NA-Control visit 2-75777", "Burdenko-GBM-001", "03-02-2006", control)
+    other(at.parents[1], "metadata.csv", "Burdenko-GBM-Progression/LICENSE")
+    return Expected(
+        "burdenko_gbm",
+        {
+            ("001", "Control visit 2"): Found(("FLAIR", "T1ce")),
+            ("001", "Radiotherapy planning 00"): Found(("FLAIR", "T1ce", "T1w", "T2w")),
+        },
+        notes=("AGENT_SILENT, 1 DICOM series",),
+        refused=(("NOT_MR", "100.000000-CT-39991"),),
+        counts=1,
+    )
+
+
+def remind(root: Path) -> Expected:
+    """tiago-assis/TiagoThesisWork, README 1.1: one study before, one during the operation; segmentations beside."""
+    at = root / "manifest-1746853315606/ReMIND/ReMIND-001"
+    before = (("t1_post", "3D_AX_T1_postcontrast"), ("t2", "3D_SAG_T2_SPACE"), ("flair", "2D_AX_T2_FLAIR"))
+    _nbia(at / "12-25-1982-NA-Preop-56579", "ReMIND-001", "12-25-1982", before)
+    _nbia(at / "12-25-1982-NA-Intraop-90478", "ReMIND-001", "12-25-1982", (("t2", "3D_AX_T2_BLADE_intraop"),))
+    other(
+        root,
+        "manifest-1746853315606/metadata.csv",
+        "ReMIND_NRRD_Seg_Sep_2023/ReMIND-001/ReMIND-001-preop-SEG-tumor.nrrd",
+    )
+    return Expected("remind", {("001", ""): Found(("FLAIR", "T1ce", "T2w"))}, counts=1)
 
 
 # ---- fetal ----------------------------------------------------------------------------------------------------------
@@ -573,6 +870,7 @@ def bids(root: Path) -> Expected:
             ("02x", ""): Found(("PDw", "T1w")),
         },
         "bids",
+        unused=6,
     )
 
 
@@ -582,7 +880,7 @@ def ixi(root: Path) -> Expected:
     scan(root / "IXI-T1/IXI012-HH-1211-T1.nii.gz", "T1w", 1)
     other(root, "IXI-MRA/IXI002-Guys-0828-MRA.nii.gz", "IXI.xls")
     sessions = {("IXI002", ""): Found(("PDw", "T1w", "T2w")), ("IXI012", ""): Found(("T1w",))}
-    return Expected("bids", sessions, "ixi")
+    return Expected("bids", sessions, "ixi", unused=1)
 
 
 def fomo(root: Path) -> Expected:
@@ -606,7 +904,7 @@ def openmind(root: Path) -> Expected:
 WRITERS: dict[str, Callable[[Path], Expected]] = {
     writer.__name__: writer
     for writer in (
-        oasis3, oasis3_bids, nacc, adni_nifti, adni_clinica, aibl_clinica, nifd_clinica, habs, brats2020, upenn_gbm,
-        ucsf_pdgm, feta2021, bids, ixi, fomo, openmind,
+        oasis3, oasis3_bids, nacc, adni, adni_nifti, adni_clinica, brats2020, nifd, nifd_clinica, upenn_gbm, habs,
+        ucsf_pdgm, burdenko_gbm, aibl, aibl_clinica, remind, feta2021, bids, ixi, fomo, openmind,
     )
 }  # fmt: skip

@@ -84,8 +84,8 @@ def _files(table: Table, folders: Sequence[Folder]) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for folder in folders:
         for pattern in table.file:
-            for path, fields in matching(pattern, folder.files):
-                found.setdefault(fields["subject"], folder.root / path)
+            for name, fields in matching(pattern, folder.files):
+                found.setdefault(fields["subject"], folder.root / name)
     return found
 
 
@@ -240,7 +240,7 @@ def _of_session(session: Known, name: str) -> str | None:
 def canonical(text: str) -> str:
     """One spelling of an id that is compared as a number: "004", "4.0" and "4" are "4"; other text stays."""
     text = text.strip()
-    return str(int(float(text))) if re.fullmatch(r"\d+(\.0*)?", text) else text
+    return str(int(text.partition(".")[0])) if re.fullmatch(r"\d+(\.0*)?", text) else text
 
 
 # ---- what a row says ------------------------------------------------------------------------------------------------

@@ -8,15 +8,15 @@ import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from cranium import clinical
+from cranium import clinical, series
 from cranium.cards import Card, Label, Layout
 from cranium.clinical import FLOATS, Known, Value, same
 from cranium.config import UserError
 from cranium.patterns import Match, belongs, matching
-from cranium.tables import Folder
+from cranium.tables import Folder, translate
 
 __all__ = ["FLOATS", "CohortTable", "Refused", "Scan", "Session", "Value", "label_of", "scan"]
 
@@ -44,7 +44,7 @@ class Session:
 
 @dataclass(frozen=True)
 class Refused:
-    """A file that matches the card but cannot be told apart from another."""
+    """A file or DICOM series that matches the card and is not used; no contrast where none was told."""
 
     subject: str
     session: str
@@ -65,6 +65,9 @@ class CohortTable:
     files: tuple[tuple[str, int], ...]
     tables: tuple[Path, ...]  # that labels and demographics were read from
     notes: tuple[str, ...]
+    overlap_ids: Mapping[str, Mapping[str, tuple[str, ...]]] = field(
+        default_factory=dict
+    )  # other cohort -> ours -> theirs
 
     @property
     def missing(self) -> dict[str, int]:
@@ -73,7 +76,9 @@ class CohortTable:
         return {contrast: len(self.sessions) - n for contrast, n in sorted(seen.items())}
 
 
-def scan(card: Card, raw: Path, tables: Path | None = None) -> CohortTable:
+def scan(
+    card: Card, raw: Path, tables: Path | None = None, progress: series.Progress | None = None
+) -> CohortTable:
     """Match the card's patterns against the files below `raw`, and join its tables, found in `tables` or below `raw`.
 
     Raises `UserError` when a folder is wrong, nothing matches, or a table is missing or cannot be trusted.
@@ -86,20 +91,30 @@ def scan(card: Card, raw: Path, tables: Path | None = None) -> CohortTable:
             )
     root = raw.resolve()
     files = dict(_walk(root))
-    found = ((layout, _claims(layout, root, files)) for layout in card.layouts)
-    layout, claims = next(((layout, m) for layout, m in found if m), (card.layouts[0], {}))
-    if not claims:
-        raise UserError("NO_SCANS", _nothing_found(card, raw, list(files)))
-    sessions, refused = _sessions(layout, claims, files)
+    unused: Counter[str] = Counter()
+    for layout in card.layouts:
+        claimed = _claimed(layout, root, files, progress)
+        if claimed.claims:
+            break
+        unused.update(refusal.code for refusal in claimed.refused)
+    else:
+        raise UserError("NO_SCANS", _nothing_found(card, raw, list(files), unused))
+    sessions, refused = _sessions(layout, claimed.claims, files)
+    refused += claimed.refused
     folders = [Folder(root, list(files))]
     if tables:
         folders.insert(0, Folder(tables.resolve(), [path for path, _ in _walk(tables.resolve())]))
-    known = [_known(card, layout, session, claims) for session in sessions]
+    known = [_known(card, layout, session, claimed.claims) for session in sessions]
     read, notes = clinical.join(card, layout.name, known, folders)
     sessions = tuple(replace(s, values=k.values) for s, k in zip(sessions, known, strict=True))
     used = _identity(sessions, refused, files)
-    notes = (*_near_collisions(s.subject for s in sessions), *_off(card, sessions), *notes)
-    return CohortTable(root, layout, sessions, refused, used, read, notes)
+    alike = _near_collisions(s.subject for s in sessions)
+    subjects = sorted({s.subject for s in sessions})
+    walked = {overlap.cohort: translate(overlap, subjects, folders) for overlap in card.overlaps}
+    overlap_ids = {other: ids for other, ids in walked.items() if ids is not None}
+    told = (*claimed.notes, *_unused(layout, files, claimed.claims))
+    notes = (*alike, *_off(card, sessions), *told, *notes, *_unmapped(card, walked))
+    return CohortTable(root, layout, sessions, refused, used, read, notes, overlap_ids)
 
 
 def label_of(label: Label, value: Value) -> str | None:
@@ -123,6 +138,25 @@ def _known(card: Card, layout: Layout, session: Session, claims: Claims) -> Know
             with contextlib.suppress(ValueError):  # digits that are no date: the session has none
                 known.day, known.dated = datetime.date.fromisoformat(parts["date"]).toordinal(), True
     return known
+
+
+def _unused(layout: Layout, files: Mapping[str, int], claims: Claims) -> Iterator[str]:
+    """NIfTI files that no pattern takes for anything: mostly as it should be, but never unseen."""
+    beside = [*([layout.mask] if layout.mask else []), *layout.segmentation]
+    known = {claim.path for every in claims.values() for claim in every}
+    known |= {path for pattern in beside for path, _ in matching(pattern, files)}
+    left = [path for path in files if path.endswith((".nii", ".nii.gz")) and path not in known]
+    left = [path for path in left if not path.rpartition("/")[2].startswith(".")]
+    if left:
+        yield f"{len(left)} NIfTI files fit no pattern of the card, such as {', '.join(left[:3])}"
+
+
+def _unmapped(card: Card, walked: Mapping[str, object]) -> Iterator[str]:
+    """Overlaps whose mapping could not be walked, for want of a table."""
+    for overlap in card.overlaps:
+        if overlap.mapping and walked[overlap.cohort] is None:
+            names = " and ".join(step.file[0] for step in overlap.mapping)
+            yield f"who is also in {overlap.cohort} is not known without {names}; put them beside the tables"
 
 
 def _off(card: Card, sessions: tuple[Session, ...]) -> Iterator[str]:
@@ -155,23 +189,46 @@ def _walk(root: Path) -> Iterator[tuple[str, int]]:
             yield Path(path).relative_to(root).as_posix(), size
 
 
-def _claims(layout: Layout, root: Path, files: Mapping[str, int]) -> Claims:
-    """(subject, session, contrast) -> the files, or DICOM series, that claim it, best first."""
+@dataclass(frozen=True)
+class _Claimed:
+    """What the files of a layout claim to be: by subject, session, contrast, the best first; and what is to be told."""
+
+    claims: Claims
+    refused: tuple[Refused, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def _claimed(
+    layout: Layout, root: Path, files: Mapping[str, int], progress: series.Progress | None
+) -> _Claimed:
     if layout.format == "dicom":
-        raise UserError("DICOM", "DICOM folders are not read; convert them with dcm2niix and give a card")
+        told = series.matches(layout, root, files, progress)
+        return _Claimed(told.claims, tuple(Refused(*refusal) for refusal in told.refused), told.notes)
     found: Claims = defaultdict(list)
+    owner: dict[str, str] = {}
     for contrast, patterns in layout.files.items():
         for order, pattern in enumerate(patterns):
             for path, fields in matching(pattern, files):
+                if (
+                    path in owner
+                ):  # by a better pattern of the same contrast; of another one it would be two scans
+                    if owner[path] != contrast:
+                        both = f"patterns of {owner[path]} and of {contrast}"
+                        raise UserError("PATTERN", f"{path} fits {both}; correct `layouts` in the card")
+                    continue
+                owner[path] = contrast
                 run = fields.get("run", "")
                 subject = layout.subject.format(**fields) if layout.subject else fields["subject"]
                 key = (subject, fields.get("session", ""), str(contrast))
                 number = (int(run) if run.isdigit() else 0, run)
                 found[key].append(Match((order, number, path), fields, path))
-    return {key: sorted(claims, key=lambda m: m.order) for key, claims in sorted(found.items())}
+    return _Claimed({key: sorted(claims, key=lambda m: m.order) for key, claims in sorted(found.items())})
 
 
-def _nothing_found(card: Card, raw: Path, paths: list[str]) -> str:
+def _nothing_found(card: Card, raw: Path, paths: list[str], unused: Mapping[str, int]) -> str:
+    if unused:
+        codes = ", ".join(f"{number} {code}" for code, number in sorted(unused.items()))
+        return f"no DICOM series below {raw} can be used as a scan of {card.name}: {codes}; see docs/dicom.md"
     layout = card.layouts[0]
     contrast, patterns = [*layout.files.items(), ("series", layout.series)][0]
     scans = [p for p in paths if p.endswith((".nii", ".nii.gz"))] or paths
@@ -218,6 +275,8 @@ def _chosen(layout: Layout, every: list[Match]) -> tuple[Match, list[Match]]:
 
 def _choice(layout: Layout, chosen: Match, number: int) -> str:
     which = ("lowest", "first") if layout.repeats == "first" else ("highest", "last")
+    if layout.format == "dicom":
+        return f"{chosen.path} taken of {number} series: the {which[1]} of the best kind"
     if "run" in chosen.fields:
         return f"run {chosen.fields['run']} taken of {number}: the {which[0]}"
     return f"{chosen.path.rsplit('/', 1)[-1]} taken of {number}: the {which[1]} by run and name"
@@ -249,7 +308,7 @@ def _identity(
         used |= {session.segmentation} - {None}  # type: ignore[arg-type]
         for found in session.scans.values():
             used |= {found.path, found.mask} - {None}  # type: ignore[arg-type]
-    return tuple((path, files[path]) for path in sorted(used))
+    return tuple(series.identity(used, files))
 
 
 def _near_collisions(subjects: Iterator[str]) -> Iterator[str]:

@@ -75,6 +75,21 @@ class Demo(Frozen):
     conditions: tuple[Literal["control", "lesion", "atrophy"], ...] = ("control", "lesion", "atrophy")
 
 
+MaskWay = Literal["supplied", "deepbet", "command", "otsu"]
+MNI_SHA256 = (
+    "421a10e872fd6cadae7f61d358dffbcc1795a497d61ee76c5dda2503e1a1e9e6"  # of nilearn's MNI152 2009a T1 brain
+)
+
+
+class Slices(Frozen):
+    """Which slices of a session become rows, counted from the lowest slice with brain."""
+
+    rule: Literal["brain", "range"] = "brain"  # brain: see min_brain; range: `count` at most, from `first` on
+    first: int = Field(10, ge=0)
+    count: int = Field(140, ge=1)
+    every: int = Field(1, ge=1)  # of those, every n-th
+
+
 class Preprocessing(Frozen):
     """How a scan becomes slice stacks. Travels in every manifest and checkpoint; a different one is refused."""
 
@@ -85,7 +100,20 @@ class Preprocessing(Frozen):
     spacing_mm: float = Field(1.0, gt=0)  # in plane
     slice_spacing_mm: float = Field(1.0, gt=0)
     percentiles: tuple[float, float] = (0.5, 99.5)  # of the voxels inside the brain mask, per volume
-    mask: Literal["supplied", "otsu"] = "supplied"  # supplied: the cohort's masks; otsu: a classical fallback
+    dtype: Literal["uint8", "uint16"] = "uint8"  # of a pixel; the models here take uint8
+    orientation: Literal["agree", "sform", "qform", "assume_ras"] = (
+        "agree"  # where a header contradicts itself
+    )
+    mask: tuple[MaskWay, ...] = ("supplied",)  # ways to a brain mask, the first that gives one; see docs
+    mask_tool: str | None = None  # name and version of the program of mask: command
+    mask_sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$")  # of its weights
+    align: Literal["none", "grids_differ", "always"] = (
+        "grids_differ"  # rigid, contrasts of a session onto the first
+    )
+    space: Literal["native", "mni"] = "native"  # mni: affine onto a template, on its axes
+    template_sha256: str = Field(MNI_SHA256, pattern="^[0-9a-f]{64}$")
+    bias_correction: Literal["none", "n4"] = "none"
+    slices: Slices = Slices()
     min_brain: float = Field(0.05, ge=0, le=1)  # keep a slice when at least this share of its pixels is brain
     channel_map: dict[Contrast, Contrast] = {}  # e.g. {T1w: T1ce}: fill a T1w channel with T1ce, recorded
     missing: Literal["zero"] = "zero"
@@ -101,8 +129,17 @@ class Preprocessing(Frozen):
             return (len(self.contrasts), 1, self.size, self.size)
         return (1, self.neighbours, self.size, self.size)
 
+    @field_validator("mask", mode="before")
+    @classmethod
+    def _one_or_several(cls, ways: Any) -> Any:
+        return (ways,) if isinstance(ways, str) else ways
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        if not self.mask or len(set(self.mask)) != len(self.mask):
+            raise ValueError("mask needs one way or several different ones, e.g. [supplied, deepbet, otsu]")
+        if ("command" in self.mask) != (self.mask_tool is not None):
+            raise ValueError("mask: command and mask_tool (the program's name and version) go together")
         if self.stack == "neighbours" and len(self.contrasts) != 1:
             raise ValueError("stack: neighbours takes exactly one contrast; name it in `contrasts`")
         if not 0 <= self.percentiles[0] < self.percentiles[1] <= 100:
@@ -341,6 +378,10 @@ class Experiment(Frozen):
 
     @model_validator(mode="after")
     def _whole(self) -> Self:
+        if self.ingest.dtype != "uint8" and (self.pretrain or self.adapt):
+            raise ValueError(
+                "ingest.dtype: uint16 is for reading shards elsewhere; pretrain and adapt take uint8"
+            )
         named = set(self.ingest.cohorts)
         wanted: dict[str, Iterable[str]] = {}
         if self.pretrain:
@@ -407,9 +448,14 @@ class Machine(Frozen, validate_default=True):
     tracking_uri: str | None = None  # default: sqlite below the store
     address: str | None = None  # of a running Ray cluster; default: a private local one
     weights: Path | None = None  # DINOv2 weights as a file, instead of timm's hub
+    mask_command: str | None = (
+        None  # program of ingest.mask: command, e.g. "mri_synthstrip -i {input} -m {output}"
+    )
+    mask_weights: Path | None = None  # its {weights}, under ingest.mask_sha256
+    template: Path | None = None  # stripped head of ingest.space: mni, instead of nilearn's
     raw: dict[str, Path] = {}  # cohort -> folder of its files
 
-    @field_validator("store", "cache", "weights")
+    @field_validator("store", "cache", "weights", "mask_weights", "template")
     @classmethod
     def _absolute(cls, path: Path | None) -> Path | None:
         if path is None:

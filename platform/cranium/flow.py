@@ -166,12 +166,20 @@ def _count(study: Study, cohort: str, made: Artefact) -> None:
     counts = manifest["counts"]
     text = f"{counts['stacks']} stacks of {counts['subjects']} subjects from {counts['accepted']} scans"
     study.console.print(f"  {cohort}: {text}", highlight=False)
+    for note in manifest["notes"]:
+        study.note(f"{cohort}: {note}")
     if counts["rejected"]:
         study.rejected = True
         reasons = ", ".join(f"{n} x {code}" for code, n in sorted(manifest["rejections"].items()))
         table = made.path / "quarantine.parquet"
         study.note(
             f"{cohort}: {counts['rejected']} of {counts['scans']} scans rejected ({reasons}); see {table}"
+        )
+    if counts.get("label_maps_rejected"):
+        study.rejected = True
+        lost, kept = counts["label_maps_rejected"], counts["label_maps_accepted"]
+        study.note(
+            f"{cohort}: {lost} of {lost + kept} label maps rejected, their scans kept; see quarantine.parquet"
         )
 
 

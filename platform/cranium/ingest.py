@@ -13,17 +13,20 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cranium import cohort, place, shardset, store, versions
+from numpy.typing import NDArray
+
+from cranium import cohort, place, provisions, shardset, store, versions
 from cranium.cards import Card
 from cranium.config import Compute, Ingest, Machine, UserError, fingerprint
 from cranium.place import Where, at
+from cranium.provisions import Provisions
 from cranium.store import Artefact
-from cranium.volume import nifti, normalise, shard, slices
-from cranium.volume.quality import Rejected
+from cranium.volume import labels, nifti, normalise, shard, slices
+from cranium.volume.quality import ASIDE, Rejected
 
 Progress = Callable[[int, int, str], None]
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -39,7 +42,7 @@ def ingest(
     stands in the manifest's `counts`.
     """
     _check_spec(card, spec)
-    table = _scan(card, raw, machine)
+    table = _scan(card, raw, machine, progress)
     target = _target(card, spec, table, machine)
     base = _base(target, machine)
     if target.done and not (target.path / "work").is_dir():
@@ -47,11 +50,11 @@ def ingest(
     try:
         with store.lock(machine.store, target.id), place.reachable(base):
             if target.done:
-                shardset.tidy(
-                    base, target.manifest()
-                )  # the last one was killed between its manifest and its end
+                shardset.tidy(target, base)  # the last one was killed between its manifest and its end
             else:
-                _make(card, spec, table, target, base, machine, progress or (lambda done, total, text: None))
+                needs = provisions.provide(spec, machine, target.path / "work" / "provisions")
+                tell = progress or (lambda done, total, text: None)
+                _make(card, spec, table, target, base, machine, needs, tell)
     except UserError:
         raise
     except OSError as error:
@@ -75,8 +78,8 @@ def artefact(card: Card, raw: Path, spec: Ingest, machine: Machine) -> Artefact:
     return _target(card, spec, _scan(card, raw, machine), machine)
 
 
-def _scan(card: Card, raw: Path, machine: Machine) -> cohort.CohortTable:
-    return cohort.scan(card, raw, machine.raw.get(f"{card.name}_tables"))
+def _scan(card: Card, raw: Path, machine: Machine, progress: Progress | None = None) -> cohort.CohortTable:
+    return cohort.scan(card, raw, machine.raw.get(f"{card.name}_tables"), progress)
 
 
 def _target(card: Card, spec: Ingest, table: cohort.CohortTable, machine: Machine) -> Artefact:
@@ -96,9 +99,10 @@ def _check_spec(card: Card, spec: Ingest) -> None:
     if not wanted & set(card.contrasts):
         have, want = ", ".join(card.contrasts), ", ".join(sorted(wanted))
         raise UserError("NO_CONTRAST", f"{card.name} has {have}, none of {want}; set ingest.contrasts")
-    if spec.mask == "supplied" and not any(layout.mask for layout in card.layouts):
+    if spec.mask == ("supplied",) and not any(layout.mask for layout in card.layouts):
         raise UserError(
-            "NO_MASK", f"{card.name}: its card has no `mask` in `layouts`; add it, or set ingest.mask=otsu"
+            "NO_MASK",
+            f"{card.name}: its card has no `mask` in `layouts`; add it, or set ingest.mask=[deepbet,otsu]",
         )
     if clash := shardset.RECORD.keys() & set(card.columns):
         names = ", ".join(sorted(clash))
@@ -122,6 +126,7 @@ def _key(card: Card, spec: Ingest, table: cohort.CohortTable) -> dict[str, Any]:
         "shard_mb": spec.shard_mb,
         "files": table.files,
         "tables": [store.sha256(path) for path in table.tables],
+        **({"overlap_ids": table.overlap_ids} if table.overlap_ids else {}),
     }
 
 
@@ -136,6 +141,8 @@ class _Job:
     root: Path
     folder: Where  # of the shard set
     spec: Ingest
+    classes: dict[str, tuple[int, ...]] = field(default_factory=dict)  # of a label map, and their raw values
+    provisions: Provisions = field(default_factory=Provisions)
 
     @property
     def work(self) -> Where:
@@ -153,8 +160,11 @@ def _ingest_session(row: dict[str, Any], job: _Job) -> dict[str, Any]:
     spec, index, session = job.spec, int(row["index"]), json.loads(row["session"])
     slices.limit_threads(spec.compute.threads or max(1, int(spec.compute.cpus_per_worker)))
     wanted = {channel: normalise.Wanted(*scan[1:]) for channel, scan in session["scans"].items()}
-    volumes, scans, rejected = normalise.read_scans(job.root, wanted, spec.mask == "supplied")
+    ways = provisions.ways(spec.mask, job.provisions)
+    volumes, scans, rejected = normalise.read_scans(job.root, wanted, ways, spec.orientation)
     record: dict[str, Any] = {"index": index, "scans": len(wanted), "warned": 0, "row_groups": []}
+    record |= {"label_map": "unused" if session["segmentation"] else None, "label_map_rejected": None}
+    who = [job.cohort, session["subject"], session["session"]]
     if scans:
         try:
             conformed = normalise.conform(
@@ -165,18 +175,51 @@ def _ingest_session(row: dict[str, Any], job: _Job) -> dict[str, Any]:
                 slice_spacing_mm=spec.slice_spacing_mm,
                 percentiles=spec.percentiles,
                 min_brain=spec.min_brain,
+                slices=slices.Kept(**spec.slices.model_dump()),
+                align=spec.align,
+                template=provisions.template(job.provisions),
+                bias_correction=spec.bias_correction,
+                dtype=spec.dtype,
             )
         except Rejected as reason:
-            rejected |= dict.fromkeys(scans, reason)
+            rejected |= {channel: reason for channel in scans}
         else:
             rejected |= conformed.rejected
-            record |= _write_part(job, index, session, conformed, volumes)
-    who = [job.cohort, session["subject"], session["session"]]
+            label_map = None
+            if path := session["segmentation"]:
+                label_map, why = _label_map(job, path, scans, conformed)
+                record["label_map"] = "rejected" if why else "accepted"
+                record["label_map_rejected"] = (
+                    [*who, "segmentation", path, why.code, why.reason] if why else None
+                )
+            record |= _write_part(job, index, session, conformed, volumes, label_map)
     record["rejected"] = [
         [*who, *session["scans"][channel][:2], why.code, why.reason] for channel, why in rejected.items()
     ]
     place.write(job.record(index), json.dumps(record))
     return {"index": index, "stacks": sum(record["row_groups"])}
+
+
+def _label_map(
+    job: _Job, path: str, scans: dict[str, normalise.Masked], conformed: normalise.Conformed
+) -> tuple[labels.LabelMap | None, Rejected | None]:
+    """The label map of a session on its grid, or why there is none: then its scans serve without labels."""
+    try:
+        found = nifti.read(job.root / path, root=job.root, orientation=job.spec.orientation, labels=True)
+        return (
+            labels.place(
+                found,
+                list(job.classes.values()),
+                scans,
+                conformed.transforms,
+                conformed.grid,
+                conformed.brain,
+                conformed.slices,
+            ),
+            None,
+        )
+    except Rejected as reason:
+        return None, reason
 
 
 def _write_part(
@@ -185,16 +228,15 @@ def _write_part(
     session: dict[str, Any],
     conformed: normalise.Conformed,
     volumes: dict[str, nifti.Volume],
+    label_map: labels.LabelMap | None,
 ) -> dict[str, Any]:
     """Write the row groups of a session; what its record says of them."""
     spec, run = job.spec, conformed.slices
     used = {channel: volumes[channel] for channel in spec.channels if channel in conformed.notes}
     present = sum(1 << i for i, channel in enumerate(spec.channels) if channel in used)
-    if spec.stack == "contrasts":
-        stacks = slices.to_stacks(conformed.volumes, run)
-    else:
-        stacks = slices.to_neighbours(conformed.volumes[0], run, spec.neighbours)
     names = {"cohort": job.cohort, "subject": session["subject"], "session": session["session"]}
+    stacks = _stacks(spec, conformed.volumes, run)
+    drawn = None if label_map is None else _stacks(spec, label_map.classes[None], run)[:, 0]
     tables = [
         shard.encode(
             stacks[start : start + shard.MAX_ROWS],
@@ -202,16 +244,20 @@ def _write_part(
             slices=run[start : start + shard.MAX_ROWS],
             num_slices=len(run),
             present=present,
+            masks=None if drawn is None else drawn[start : start + shard.MAX_ROWS],
             **names,
         )
         for start in range(0, len(stacks), shard.MAX_ROWS)
     ]
     size = place.publish(job.part(index), lambda path: shard.write(path, tables, spec.codec))
     warnings = [(channel, note) for channel, notes in conformed.notes.items() for note in notes]
+    warned = len({channel for channel, _ in warnings})
+    warnings += [("segmentation", note) for note in (label_map.notes if label_map else ())]
     sources = {}
     for channel, volume in used.items():
         contrast, path = session["scans"][channel][:2]
         sources[channel] = {"contrast": contrast, "path": path, "sha256": volume.sha256}
+    ml = None if label_map is None else json.dumps(dict(zip(job.classes, label_map.ml, strict=True)))
     columns = {
         **session["values"],
         **names,
@@ -221,16 +267,26 @@ def _write_part(
         "native_shape": json.dumps({channel: volume.data.shape for channel, volume in used.items()}),
         "native_affine": json.dumps({c: volume.affine.round(6).tolist() for c, volume in used.items()}),
         "stack_affine": json.dumps(conformed.grid.affine.round(6).tolist()),
-        "crop": json.dumps({"shape": conformed.grid.shape, "slices": [run.start, run.stop]}),
+        "crop": json.dumps({"shape": conformed.grid.shape, "slices": [run.start, run.stop, run.step]}),
+        "transforms": json.dumps({c: matrix.tolist() for c, matrix in conformed.transforms.items()}),
+        "mask_quality": json.dumps(dict(conformed.quality)),
+        "label_ml": ml,
         "sources": json.dumps(sources),
         "warnings": json.dumps([{"contrast": c, "code": n.code, "reason": n.reason} for c, n in warnings]),
     }
     return {
         "row_groups": [table.num_rows for table in tables],
         "bytes": size,
-        "warned": len({channel for channel, _ in warnings}),
+        "warned": warned,
         "session": columns,
     }
+
+
+def _stacks(spec: Ingest, volumes: NDArray[Any], run: range) -> NDArray[Any]:
+    """Volumes [C, Z, H, W] on the grid -> stacks [n, C, S, H, W] of the slices kept."""
+    if spec.stack == "contrasts":
+        return slices.to_stacks(volumes, run)
+    return slices.to_neighbours(volumes[0], run, spec.neighbours)
 
 
 # ---- shards ---------------------------------------------------------------------------------------------------------
@@ -260,11 +316,12 @@ def _pack(row: dict[str, Any], job: _Job) -> dict[str, Any]:
         else:
             sources += [(job.part(record["index"]), index) for index in range(len(record["row_groups"]))]
         first, names = record["session"]["slice_first"], ("subject", "session")
+        step = json.loads(record["session"]["crop"])["slices"][2]
         for rows in record["row_groups"]:
             groups.append(
                 {name: record["session"][name] for name in names} | {"rows": rows, "first_slice": first}
             )
-            first += rows
+            first += rows * step
     entry = shardset.pack(job.folder, sources, groups, job.spec.codec)
     place.write(at(job.work, f"shard-{row['index']:05}.json"), json.dumps(entry))
     if not place.is_remote(job.folder):  # where no lock keeps a second writer out, it may still need them
@@ -279,9 +336,10 @@ def _make(
     target: Artefact,
     base: Where,
     machine: Machine,
+    needs: Provisions,
     progress: Progress,
 ) -> None:
-    job = _Job(card.name, table.root, base, spec)
+    job = _Job(card.name, table.root, base, spec, dict(card.segmentation), needs)
     for folder in (job.work, at(base, "shards")):
         if not place.is_remote(folder):
             Path(folder).mkdir(parents=True, exist_ok=True)
@@ -326,7 +384,12 @@ def _make(
     if kept.source:
         version["reused"] = {"from": kept.source, "sessions": len(kept.records), "shards": len(kept.shards)}
     channels = {_source(spec, channel) for channel in spec.channels}
-    refused = tuple(r for r in table.refused if r.contrast in channels)
+    refused = tuple(
+        r for r in table.refused if r.contrast in channels or (not r.contrast and r.code not in ASIDE)
+    )
+    version["overlap_ids"] = (
+        table.overlap_ids
+    )  # other cohort -> our subject -> theirs, of overlaps with a mapping
     shardset.commit(target, base, card, spec, done, shards, refused, table.notes, version)
 
 
@@ -363,7 +426,7 @@ def _wanted(session: cohort.Session, spec: Ingest) -> dict[str, Any]:
     found = {channel: session.scans.get(_source(spec, channel)) for channel in spec.channels}
     scans = {channel: (s.contrast, s.path, s.mask, s.note) for channel, s in found.items() if s}
     names = {"subject": session.subject, "session": session.session}
-    return {**names, "scans": scans, "values": dict(session.values)}
+    return {**names, "scans": scans, "values": dict(session.values), "segmentation": session.segmentation}
 
 
 def _work(

@@ -38,6 +38,9 @@ RECORD = {  # columns of sessions.parquet beside those of the card; a string hol
     "native_affine": pa.string(),  # of each channel: voxel -> RAS mm
     "stack_affine": pa.string(),  # (row, column, slice, 1) -> RAS mm
     "crop": pa.string(),  # the whole grid's shape [Z, H, W] and the run of slices kept
+    "transforms": pa.string(),  # of each channel: its world -> the session's (4x4, RAS mm), for the way back
+    "mask_quality": pa.string(),  # of each channel: source, ml, border_cm2, dice
+    "label_ml": pa.string(),  # of each class of the label map, in the slices kept; null without one
     "sources": pa.string(),  # of each channel: contrast, path, sha256
     "warnings": pa.string(),
 }
@@ -82,7 +85,8 @@ def commit(
     unread = [[card.name, r.subject, r.session, r.contrast, r.path, r.code, r.reason] for r in refused]
     rejected = sorted([row for one in done for row in one.record["rejected"]] + unread)
     sessions = [one.record["session"] for one in done if one.record["row_groups"]]
-    counts = counts_of(done, len(rejected), shards)
+    counts = counts_of(done, len(unread), shards)
+    rejected = sorted(rejected + [one.record["label_map_rejected"] for one in done if _map_rejected(one)])
     codes = dict(Counter(row[5] for row in rejected))
     if not sessions:
         raise UserError(
@@ -99,7 +103,7 @@ def commit(
         "preprocessing_hash": fingerprint(spec.preprocessing),
         "channels": list(spec.channels),
         "shape": list(spec.shape),
-        "dtype": "uint8",
+        "dtype": spec.dtype,
         "codec": spec.codec,
         "counts": counts,
         "missing": missing(spec.channels, sessions),
@@ -115,18 +119,18 @@ def commit(
     store.commit(base, manifest, create=True)
     fetch(target, base)
     trust.remember(target.path, trust.seen(base, manifest))
-    tidy(
-        base, manifest
-    )  # last: while `work` is there, the next ingest knows that there is something left to remove
+    # Last: while `work` is there, the next ingest knows that there is something left to remove.
+    tidy(target, base)
 
 
-def tidy(base: Where, manifest: dict[str, Any]) -> None:
+def tidy(target: Artefact, base: Where) -> None:
     """Remove what work on a finished set left: parts, and shards that its manifest does not list."""
-    listed = {entry["file"].split("/")[1] for entry in manifest["shards"]}
+    listed = {entry["file"].split("/")[1] for entry in store.read_manifest(base)["shards"]}
     strays = [name for name in place.names(at(base, "shards")) if name not in listed]
     place.remove([at(base, "shards", name) for name in strays])
     place.remove([at(base, name) for name in place.names(base) if name.startswith(".")])  # never became whole
-    place.remove_folder(at(base, "work"))
+    for folder in dict.fromkeys((str(base), str(target.path))):
+        place.remove_folder(at(folder, "work"))
 
 
 def fetch(target: Artefact, base: Where) -> None:
@@ -147,13 +151,13 @@ def fetch(target: Artefact, base: Where) -> None:
     place.write(local, content)
 
 
-def counts_of(done: Sequence[Done], rejected: int, shards: list[dict[str, Any]]) -> dict[str, int]:
-    """`rejected` counts rows of the quarantine: those of the sessions, and files refused before any was read."""
+def counts_of(done: Sequence[Done], refused: int, shards: list[dict[str, Any]]) -> dict[str, int]:
+    """Outcomes of all scans; `refused` is the number of files that were turned away before any was read."""
     made = [one for one in done if one.record["row_groups"]]
-    before = rejected - sum(len(one.record["rejected"]) for one in done)
-    scans = sum(one.record["scans"] for one in done) + before
+    rejected = refused + sum(len(one.record["rejected"]) for one in done)
+    scans = refused + sum(one.record["scans"] for one in done)
     warned = sum(one.record["warned"] for one in done)
-    return {
+    counts = {
         "scans": scans,
         "accepted": scans - warned - rejected,
         "warned": warned,
@@ -162,6 +166,14 @@ def counts_of(done: Sequence[Done], rejected: int, shards: list[dict[str, Any]])
         "subjects": len({one.subject for one in made}),
         "stacks": sum(entry["rows"] for entry in shards),
     }
+    maps = Counter(one.record["label_map"] for one in done)
+    if maps.keys() - {None}:  # counted apart, so that scans add up; unused: no scan of the session was accepted
+        counts |= {f"label_maps_{outcome}": maps[outcome] for outcome in ("accepted", "rejected", "unused")}
+    return counts
+
+
+def _map_rejected(one: Done) -> bool:
+    return one.record["label_map_rejected"] is not None
 
 
 def missing(channels: Sequence[str], sessions: Sequence[dict[str, Any]]) -> dict[str, int]:

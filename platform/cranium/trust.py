@@ -110,7 +110,7 @@ def _problem(
     except shard.ShardError as error:
         return problem(error.code, f"cannot be read: {error}")
     rows = tuple(group["rows"] for group in entry["row_groups"])
-    if footer != shard.Footer(rows, tuple(manifest["shape"]), tuple(manifest["channels"])):
+    if footer != shard.Footer(rows, tuple(manifest["shape"]), tuple(manifest["channels"]), manifest["dtype"]):
         return problem("SHARD_CORRUPT", "has other row groups, shape or channels than the manifest says")
     if content and place.sha256(where, content) != entry["sha256"]:
         return problem("SHARD_HASH", "has other bytes than the manifest says")

@@ -154,7 +154,7 @@ def rewrite(artefact: Artefact, drop: Callable[[str, str], bool]) -> Rewritten:
     known |= {(row["subject"], row["session"]) for table in old for row in _keys(table)}
     gone = {key for key in known if drop(*key)}
     if not gone:
-        shardset.tidy(base, manifest)
+        shardset.tidy(artefact, base)
         return Rewritten()
     kept = [one for one in done if (one.subject, one.session) not in gone]
     if not any(one.record["row_groups"] for one in kept):
@@ -173,8 +173,10 @@ def rewrite(artefact: Artefact, drop: Callable[[str, str], bool]) -> Rewritten:
         for table in old
     ]
     quarantine = tables[1].to_pylist()
+    people = {subject for subject, _ in gone}
     names = re.compile("|".join(rf"(?<!\w){re.escape(subject)}(?!\w)" for subject, _ in sorted(gone)))
-    counts = shardset.counts_of(kept, len(quarantine), left)
+    read = sum(len(one.record["rejected"]) + (one.record["label_map_rejected"] is not None) for one in kept)
+    counts = shardset.counts_of(kept, len(quarantine) - read, left)
     sessions = [one.record["session"] for one in kept if one.record["row_groups"]]
     fresh = manifest | {
         "shards": left,
@@ -182,10 +184,14 @@ def rewrite(artefact: Artefact, drop: Callable[[str, str], bool]) -> Rewritten:
         "counts": counts,
         "missing": shardset.missing(manifest["channels"], sessions),
         "rejections": dict(Counter(row["code"] for row in quarantine)),
+        "overlap_ids": {
+            other: {ours: theirs for ours, theirs in ids.items() if ours not in people}
+            for other, ids in manifest["overlap_ids"].items()
+        },
         "notes": [note for note in manifest["notes"] if not names.search(note)],
     }
     store.commit(base, fresh)
-    shardset.tidy(base, fresh)
+    shardset.tidy(artefact, base)
     shardset.fetch(artefact, base)
     trust.remember(artefact.path, trust.seen(base, fresh))
     before = manifest["counts"]

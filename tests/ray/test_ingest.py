@@ -199,7 +199,7 @@ def test_masks_are_shared_or_asked_for(ray_cluster: Any, tmp_path: Path, machine
     assert made.manifest()["rejections"] == {"MASK_MISSING": 3, "GZ_TRUNCATED": 1}
     (note,) = json.loads(sessions(made)[0]["warnings"])
     assert (note["contrast"], note["code"]) == ("T2w", "MASK_SHARED")
-    fallback = ingest.ingest(CARD, root, SPEC.model_copy(update={"mask": "otsu"}), machine)
+    fallback = ingest.ingest(CARD, root, SPEC.model_copy(update={"mask": ("otsu",)}), machine)
     assert fallback.manifest()["counts"]["warned"] == 9
 
 

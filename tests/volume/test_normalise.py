@@ -49,19 +49,19 @@ def test_intensities_follow_the_percentiles_of_the_brain_alone() -> None:
     brain = rng.random(values.shape) > 0.5
     values[~brain] = 1e6  # whatever lies outside must not matter
     low, high = np.percentile(values[brain].astype(np.float64), (2, 98))
-    result = normalise.to_uint8(values, brain, (2, 98))
+    result = normalise.to_levels(values, brain, (2, 98))
     assert not result[~brain].any()
     expected = np.rint(1 + 254 * np.clip((values[brain].astype(np.float64) - low) / (high - low), 0, 1))
     assert np.abs(result[brain] - expected).max() <= 1  # percentiles in float32
     assert result[brain].min() == 1 and result[brain].max() == 255
     np.testing.assert_array_equal(
-        normalise.to_uint8(values * 4, brain, (2, 98)), result
+        normalise.to_levels(values * 4, brain, (2, 98)), result
     )  # gain does not matter
 
 
 def test_constant_brains_are_rejected() -> None:
     with pytest.raises(Rejected) as error:
-        normalise.to_uint8(np.full((4, 4, 4), 3, np.float32), np.ones((4, 4, 4), bool), (0.5, 99.5))
+        normalise.to_levels(np.full((4, 4, 4), 3, np.float32), np.ones((4, 4, 4), bool), (0.5, 99.5))
     assert error.value.code == "EMPTY_BRAIN"
 
 

@@ -26,6 +26,7 @@ def test_every_code_is_used_and_every_used_code_is_known() -> None:
     package = Path(quality.__file__).parents[1]
     text = "".join(p.read_text() for p in package.rglob("*.py") if p.name != "quality.py")
     raised = set(re.findall(r'Rejected\(\s*"([A-Z_]+)"', text)) | {"DUP_ID", "DIMS_LIMIT", "DIMS_INVALID"}
+    raised |= set(re.findall(r'(?:Decision\(None, |refusal\()"([A-Z_]+)"', text))  # of DICOM series
     noted = set(re.findall(r'Note\(\s*"([A-Z_]+)"', text))
     assert raised == set(quality.REJECTIONS)
     assert noted == set(quality.NOTES)

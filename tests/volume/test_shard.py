@@ -231,3 +231,18 @@ def test_shards_elsewhere_are_named_by_a_file_of_their_set(tmp_path: Path) -> No
     assert shard.base(tmp_path) == str(tmp_path)
     (tmp_path / shard.PLACE).write_text("s3://bucket/ingest/x-00000000\n")
     assert shard.base(tmp_path) == "s3://bucket/ingest/x-00000000"
+
+
+def test_uint16_travels_and_is_said(tmp_path: Path) -> None:
+    stacks = np.random.default_rng(0).integers(0, 65536, (5, 2, 1, 6, 6), np.uint16)
+    names = {"channels": ("T1w", "T2w"), "cohort": "c", "subject": "s", "session": ""}
+    table = shard.encode(stacks, slices=range(5), num_slices=5, present=3, **names)  # type: ignore[arg-type]
+    shard.write(tmp_path / "x.parquet", [table])
+    assert shard.read_footer(tmp_path / "x.parquet").dtype == "uint16"
+    back = shard.read_row_group(tmp_path / "x.parquet", 0)
+    shard.check_rows(back, "x")
+    np.testing.assert_array_equal(shard.pixels(back), stacks)
+    np.testing.assert_array_equal(shard.pixels(back.slice(2, 2)), stacks[2:4])
+    assert shard.pixels(back).dtype == np.uint16
+    with pytest.raises(ValueError, match="uint8 or uint16"):
+        shard.encode(stacks.astype(np.int32), slices=range(5), num_slices=5, present=3, **names)  # type: ignore[arg-type]

@@ -121,6 +121,29 @@ def test_kept_is_one_run_from_the_first_to_the_last_slice_with_enough_brain() ->
     assert slices.kept(masks, 0.0) == range(1, 8)  # a slice without brain at all is never kept
 
 
+def test_the_range_of_the_paper_and_every_nth() -> None:
+    """BrainFound keeps the indices 10 to 10 + min(140, n - 10) - 1."""
+    rule = slices.Kept("range")
+    for n in (30, 150, 189):
+        brain = np.ones((n, 4, 4), bool)
+        assert slices.kept(brain, 0.05, rule) == range(10, 10 + min(140, n - 10))
+    assert slices.kept(np.ones((8, 4, 4), bool), 0.05, rule) == range(0)
+    assert slices.kept(np.zeros((150, 4, 4), bool), 0.0, rule) == range(0)  # no brain, no slice
+    assert list(slices.kept(np.ones((9, 4, 4), bool), 0.05, slices.Kept(every=4))) == [0, 4, 8]
+
+
+@pytest.mark.parametrize("run", [range(2, 9, 3), range(1, 8, 2)])
+def test_stacks_with_a_step_and_back(run: range) -> None:
+    volumes = np.random.default_rng(0).integers(1, 256, (2, 9, 6, 7), np.uint16)
+    stacks = slices.to_stacks(volumes, run)
+    np.testing.assert_array_equal(stacks[:, :, 0].transpose(1, 0, 2, 3), volumes[:, list(run)])
+    back = slices.from_stacks(stacks, run, 9)
+    np.testing.assert_array_equal(back[:, list(run)], volumes[:, list(run)])
+    assert not np.delete(back, list(run), axis=1).any() and back.dtype == np.uint16
+    middle = slices.to_neighbours(volumes[0], run, 3)[:, 0, 1]
+    np.testing.assert_array_equal(middle, volumes[0, list(run)])
+
+
 def test_stacks_and_back_are_bit_equal() -> None:
     volumes = np.random.default_rng(0).integers(0, 256, (3, 9, 6, 7), np.uint8)
     run = range(2, 8)

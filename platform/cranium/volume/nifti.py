@@ -12,7 +12,8 @@ import hashlib
 import os
 import stat
 import struct
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -57,6 +58,7 @@ class Volume:
     affine: NDArray[np.float64]
     notes: tuple[Note, ...]
     sha256: str  # of the file's bytes
+    acquisition: Mapping[str, str | float] = field(default_factory=dict)  # of DICOM: the reviewed sidecar
 
 
 @dataclass(frozen=True)
@@ -75,13 +77,19 @@ class _Header:
 
 
 def read(
-    path: Path, *, root: Path | None = None, max_bytes: int = MAX_BYTES, orientation: Orientation = "agree"
+    path: Path,
+    *,
+    root: Path | None = None,
+    max_bytes: int = MAX_BYTES,
+    orientation: Orientation = "agree",
+    labels: bool = False,
 ) -> Volume:
     """Read and verify a `.nii` or `.nii.gz` file. Raises `Rejected`.
 
     `root`: a link that leads out of this folder is refused. `max_bytes` bounds both the file and its voxels.
     `orientation`: with "agree", qform and sform must agree within a voxel and one must be set; "sform" or "qform"
-    settles a disagreement, "assume_ras" also accepts a header without either.
+    settles a disagreement, "assume_ras" also accepts a header without either. `labels`: a label map, which may be
+    the same everywhere (nothing is labelled).
     """
     content = _read_file(path, root, max_bytes)
     digest = hashlib.sha256(content).hexdigest()
@@ -91,7 +99,7 @@ def read(
     if len(body) > end and any(body[end:]):
         notes.append(Note("EXTRA_BYTES", f"{len(body) - end} bytes after the last voxel"))
     stored = np.frombuffer(body, header.dtype, header.nbytes // header.dtype.itemsize, header.offset)
-    data = _scaled(stored, header, notes).reshape(header.dims, order="F")
+    data = _scaled(stored, header, notes, labels).reshape(header.dims, order="F")
     return Volume(data, header.affine, tuple(notes), digest)
 
 
@@ -352,7 +360,7 @@ def _check_affine(affine: NDArray[np.float64], name: str) -> None:
         raise Rejected("AFFINE_INVALID", f"{name} is sheared or singular: axes at a cosine of {shear:.3f}")
 
 
-def _scaled(stored: NDArray[Any], header: _Header, notes: list[Note]) -> NDArray[np.float32]:
+def _scaled(stored: NDArray[Any], header: _Header, notes: list[Note], labels: bool) -> NDArray[np.float32]:
     """Stored numbers x slope + intercept as float32; the few non-finite voxels allowed become zero."""
     values = stored
     if header.dtype.kind == "f":
@@ -368,7 +376,7 @@ def _scaled(stored: NDArray[Any], header: _Header, notes: list[Note]) -> NDArray
         raise Rejected("RANGE", f"intensities from {low:g} to {high:g} are of no scanner")
     if header.dtype.kind in "iu" and max(abs(low), abs(high)) >= 2**53:
         raise Rejected("RANGE", f"integers up to {max(abs(low), abs(high)):g} cannot be represented")
-    if low == high:
+    if low == high and not labels:
         raise Rejected("EMPTY_BRAIN", f"every voxel is {low:g}")
     if header.slope == 1.0 and header.intercept == 0.0:
         return values.astype(np.float32)

@@ -1,28 +1,34 @@
-"""One session's scans -> uint8 volumes on one grid: reading, masks, resampling, intensities.
+"""One session's scans -> volumes on one grid: reading, alignment, resampling, intensities.
 
-Inside the brain mask intensities run from 1 to 255 between two percentiles of the volume; outside it every pixel is 0,
-so 0 means "no brain" and nothing else.
+Inside the brain mask intensities run from 1 to the greatest level between two percentiles of the volume; outside it
+every pixel is 0, so 0 means "no brain" and nothing else.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
-import SimpleITK as sitk
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
-from cranium.volume.nifti import Volume, read, to_ras
+from cranium.volume import bias, dicom, masks, register
+from cranium.volume.masks import Affine, Masked, Segment, masked, otsu_mask, same_grid
+from cranium.volume.nifti import Orientation, Volume, read
 from cranium.volume.quality import Note, Rejected
-from cranium.volume.slices import Grid, bounding_box, kept, onto_grid, session_grid
+from cranium.volume.slices import BRAIN, Grid, Kept, bounding_box, kept, onto_grid, session_grid
+
+__all__ = ["Conformed", "Masked", "Wanted", "conform", "masked", "otsu_mask", "read_scans", "to_levels"]
 
 MAX_APART_MM = 50.0  # between the centres of two contrasts of a session
-MIN_MASK_VOXELS = 50
-MAX_MASK_SHARE = 0.95  # of the field of view
 COVER = (0.5, 0.98)  # share of the brain a scan must cover; and below which it is noted
+
+MOVED_MM = 10.0  # of a corner of the brain: a motion that is noted
+
+Align = Literal["none", "grids_differ", "always"]
 
 
 @dataclass(frozen=True)
@@ -35,113 +41,86 @@ class Wanted:
 
 
 @dataclass(frozen=True)
-class Masked:
-    """A scan and its brain mask. `brain` is on the voxels of `brain_affine`; both are in RAS order."""
-
-    data: NDArray[np.float32]
-    affine: NDArray[np.float64]
-    brain: NDArray[np.bool_]
-    brain_affine: NDArray[np.float64]
-    notes: tuple[Note, ...] = ()
-
-
-@dataclass(frozen=True)
 class Conformed:
-    """One session on its grid: `volumes` uint8 [C, Z, H, W] (absent channels zero), `brain` [Z, H, W]."""
+    """One session on its grid: `volumes` [C, Z, H, W] (absent channels zero), `brain` [Z, H, W].
 
-    volumes: NDArray[np.uint8]
+    `transforms`: of each accepted contrast, its world -> the session's (RAS mm), already used here.
+    """
+
+    volumes: NDArray[Any]
     brain: NDArray[np.bool_]
     grid: Grid
     slices: range  # that are kept
     notes: Mapping[str, tuple[Note, ...]]  # of each accepted contrast
     rejected: Mapping[str, Rejected]
+    transforms: Mapping[str, Affine]
+    quality: Mapping[str, Mapping[str, Any]]  # of each accepted contrast's mask
 
 
-def masked(scan: Volume, mask: Volume | None, notes: tuple[Note, ...] = ()) -> Masked:
-    """Join a scan and its supplied mask (nonzero = brain); without one, `otsu_mask`. Raises `Rejected`."""
-    data, affine = to_ras(scan.data, scan.affine)
-    notes = scan.notes + notes
-    if mask is None:
-        brain, brain_affine = otsu_mask(data), affine
-        notes += (Note("MASK_FALLBACK", "no supplied mask: Otsu's threshold, scalp included"),)
-    else:
-        labels, brain_affine = to_ras(mask.data, mask.affine)
-        brain = labels > 0
-    count = int(np.count_nonzero(brain))
-    if count < MIN_MASK_VOXELS or count > MAX_MASK_SHARE * brain.size:
-        raise Rejected("EMPTY_BRAIN", f"the brain mask sets {count} of {brain.size} voxels")
-    return Masked(data, affine, brain, brain_affine, notes)
+# ---- reading --------------------------------------------------------------------------------------------------------
 
 
 def read_scans(
-    root: Path, wanted: Mapping[str, Wanted], supplied: bool
+    root: Path,
+    wanted: Mapping[str, Wanted],
+    ways: Mapping[str, Segment | None],
+    orientation: Orientation = "agree",
 ) -> tuple[dict[str, Volume], dict[str, Masked], dict[str, Rejected]]:
     """Read the scans of a session and their masks: by channel as stored, with their masks, and what was rejected.
 
-    With `supplied` masks, a scan without its own takes that of another contrast of the session, and says so.
+    `ways` to a mask are tried in order (`masks.Chain`). A scan without a supplied mask of its own takes that of another
+    contrast of the session, and says so.
     """
-    once = functools.cache(lambda path: read(root / path, root=root))  # one mask may serve several scans
-    spare = next((scan.mask for scan in wanted.values() if scan.mask), None)
+    once = functools.cache(lambda path: _read(root, path, orientation))  # one mask may serve several scans
     volumes: dict[str, Volume] = {}
     scans: dict[str, Masked] = {}
     rejected: dict[str, Rejected] = {}
     for channel, scan in wanted.items():
         try:
-            volume, mask = once(scan.path), None
-            notes = [Note("RUN_CHOSEN", scan.note)] if scan.note else []
-            if supplied:
-                if (path := scan.mask or spare) is None:
-                    raise Rejected("MASK_MISSING", "no mask where the card says; or set ingest.mask=otsu")
-                if path != scan.mask:
-                    notes.append(Note("MASK_SHARED", path))
-                mask = _read_mask(path, once)
-            scans[channel] = masked(volume, mask, tuple(notes))
-            volumes[channel] = volume
+            volumes[channel] = once(scan.path)
         except Rejected as reason:
             rejected[channel] = reason
-    return volumes, scans, rejected
+    paths = {channel: scan.mask for channel, scan in wanted.items() if scan.mask}
+    chain = masks.Chain(ways, volumes, paths, once)
+    for channel in list(volumes):
+        try:
+            note = wanted[channel].note
+            scans[channel] = chain.join(channel, (Note("RUN_CHOSEN", note),) if note else ())
+        except Rejected as reason:
+            rejected[channel] = reason
+    return {channel: volumes[channel] for channel in scans}, scans, rejected
 
 
-def _read_mask(path: str, once: Callable[[str], Volume]) -> Volume:
-    try:
-        return once(path)
-    except Rejected as reason:
-        raise Rejected(reason.code, f"its brain mask {path}: {reason.reason}") from reason
+def _read(root: Path, path: str, orientation: Orientation) -> Volume:
+    if dicom.is_series(root / path):
+        return dicom.convert(root / path, root)
+    return read(root / path, root=root, orientation=orientation)
 
 
-def otsu_mask(data: NDArray[np.float32]) -> NDArray[np.bool_]:
-    """A classical fallback [I, J, K]: what is not background, its largest piece, holes filled.
-
-    Where a quarter of the voxels hold one and the same background value the scan was stripped before, and the mask is
-    what differs from it. Else Otsu's threshold (1979, IEEE Trans. SMC 9:62) after opening; it keeps the scalp.
-    """
-    background = float(data[0, 0, 0])
-    if background == data.min() and np.count_nonzero(data == background) > data.size / 4:
-        image = sitk.GetImageFromArray((data != background).astype(np.uint8))
-    else:
-        image = sitk.OtsuThreshold(sitk.GetImageFromArray(data), 0, 1)
-        image = sitk.BinaryMorphologicalOpening(image, [1, 1, 1])
-    pieces = sitk.RelabelComponent(sitk.ConnectedComponent(image), sortByObjectSize=True)
-    whole = sitk.BinaryFillhole(pieces == 1)
-    mask: NDArray[np.bool_] = sitk.GetArrayFromImage(whole).astype(bool)
-    return mask
+# ---- intensities ----------------------------------------------------------------------------------------------------
 
 
-def to_uint8(
-    values: NDArray[np.float32], brain: NDArray[np.bool_], percentiles: tuple[float, float]
-) -> NDArray[np.uint8]:
-    """1 + 254 x the share of the way between two percentiles inside `brain`, clipped; 0 outside. Any one shape.
+def to_levels(
+    values: NDArray[np.float32],
+    brain: NDArray[np.bool_],
+    percentiles: tuple[float, float],
+    dtype: DTypeLike = np.uint8,
+) -> NDArray[Any]:
+    """1 to the greatest of `dtype`, by the share of the way between two percentiles inside `brain`; 0 outside.
 
-    Raises `Rejected(EMPTY_BRAIN)` where the two percentiles are equal: there is nothing to see.
+    Any one shape. Raises `Rejected(EMPTY_BRAIN)` where the two percentiles are equal: there is nothing to see.
     """
     inside = values[brain]
     low, high = (float(p) for p in np.percentile(inside, percentiles)) if inside.size else (0.0, 0.0)
     if not high > low:
         raise Rejected("EMPTY_BRAIN", f"the brain is constant between the percentiles {percentiles}")
     share = np.clip((inside.astype(np.float64) - low) / (high - low), 0, 1)
-    result = np.zeros(values.shape, np.uint8)
-    result[brain] = np.rint(1 + 254 * share).astype(np.uint8)
+    result = np.zeros(values.shape, dtype)
+    result[brain] = np.rint(1 + (np.iinfo(result.dtype).max - 1) * share).astype(dtype)
     return result
+
+
+# ---- one grid -------------------------------------------------------------------------------------------------------
 
 
 def conform(
@@ -153,49 +132,138 @@ def conform(
     slice_spacing_mm: float,
     percentiles: tuple[float, float],
     min_brain: float,
+    slices: Kept = BRAIN,
+    align: Align = "none",
+    template: Masked | None = None,
+    bias_correction: Literal["none", "n4"] = "none",
+    dtype: DTypeLike = np.uint8,
 ) -> Conformed:
-    """Bring the scans of a session (by channel) onto one grid, that of the first channel present.
+    """Bring the scans of a session (by channel) onto one grid, that of the first channel present or of a template.
 
-    Scans of one session share the scanner's world space; one that lies elsewhere or cannot be scaled is rejected
-    alone. Raises `Rejected(EMPTY_BRAIN)` when no slice holds enough brain, or nothing is left.
+    Scans of one session share the scanner's world space; `align` says when they are registered all the same. One that
+    lies elsewhere, cannot be aligned or cannot be scaled is rejected alone. Raises `Rejected`: EMPTY_BRAIN when no
+    slice holds enough brain, or the reason of the first scan when none is left.
     """
     present = [channel for channel in channels if channel in scans]
     if not present:
         raise ValueError(f"none of the channels {channels} is among the scans {list(scans)}")
-    reference = scans[present[0]]
-    grid = session_grid(reference.brain, reference.brain_affine, size, spacing_mm, slice_spacing_mm)
-    volumes = np.zeros((len(channels), *grid.shape), np.uint8)
+    transforms, moves, rejected = _transforms(scans, present, align, template, spacing_mm, slice_spacing_mm)
+    placed = {channel: _moved(scans, channel, transforms) for channel in transforms}
+    if not placed:
+        raise next(iter(rejected.values()))
+    reference = placed[next(iter(placed))]
+    frame = template or reference
+    grid = session_grid(frame.brain, frame.brain_affine, size, spacing_mm, slice_spacing_mm)
+    volumes = np.zeros((len(channels), *grid.shape), dtype)
     brain = np.zeros(grid.shape, bool)
     notes: dict[str, tuple[Note, ...]] = {}
-    rejected: dict[str, Rejected] = {}
-    for channel in present:
+    quality: dict[str, Mapping[str, Any]] = {}
+    first: NDArray[np.bool_] | None = None
+    once: dict[tuple[int, bytes], NDArray[np.bool_]] = {}  # one mask may serve several scans
+    for channel, scan in placed.items():
         try:
-            volume, inside, found = _place(scans[channel], reference, grid, percentiles)
+            if bias_correction == "n4":
+                scan = replace(scan, data=bias.n4(scan))
+            mask = (id(scan.brain), scan.brain_affine.tobytes())
+            if mask not in once:
+                once[mask] = _on_grid(scan, grid)
+            values, inside, found = _place(scan, once[mask], grid)
+            volumes[channels.index(channel)] = to_levels(values, inside, percentiles, dtype)
         except Rejected as reason:
             rejected[channel] = reason
             continue
-        volumes[channels.index(channel)] = volume
+        alike = first is None or _same_mask(scan, reference)
+        dice = None if first is None or alike else _dice(inside, first & np.isfinite(values))
+        first = inside if first is None else first
         brain |= inside
-        notes[channel] = scans[channel].notes + found
+        quality[channel], odd = masks.quality(scan, dice)
+        notes[channel] = scan.notes + moves.get(channel, ()) + found + odd
     if not notes:
         raise next(iter(rejected.values()))
-    slices = kept(brain, min_brain)
-    if not slices:
+    run = kept(brain, min_brain, slices)
+    if not run:
         raise Rejected(
             "EMPTY_BRAIN", f"no slice is brain to {min_brain:.0%} or more; lower `min_brain` or `size`"
         )
-    return Conformed(volumes, brain, grid, slices, notes, rejected)
+    used = {channel: transforms[channel] for channel in notes}
+    return Conformed(volumes, brain, grid, run, notes, rejected, used, quality)
 
 
-def _place(
-    scan: Masked, reference: Masked, grid: Grid, percentiles: tuple[float, float]
-) -> tuple[NDArray[np.uint8], NDArray[np.bool_], tuple[Note, ...]]:
+def _transforms(
+    scans: Mapping[str, Masked],
+    present: list[str],
+    align: Align,
+    template: Masked | None,
+    spacing_mm: float,
+    slice_spacing_mm: float,
+) -> tuple[dict[str, Affine], dict[str, tuple[Note, ...]], dict[str, Rejected]]:
+    """Of each contrast, its world -> the session's world; what is worth a note; and what could not be aligned."""
+    reference = scans[present[0]]
+    base = np.eye(4)
+    if template is not None:  # a session that fits no template is lost as a whole
+        base = register.affine(reference, template).matrix
+    transforms: dict[str, Affine] = {present[0]: base}
+    moves: dict[str, tuple[Note, ...]] = {}
+    rejected: dict[str, Rejected] = {}
+    for channel in present[1:]:
+        scan = scans[channel]
+        try:
+            _not_apart(scan, reference)
+            matrix = np.eye(4)
+            if align == "always" or (align == "grids_differ" and not _same(scan, reference)):
+                aligned = register.rigid(scan, reference, spacing_mm)
+                # Less than half a pixel is not seen in the stacks, and no better than the headers.
+                if aligned.largest_mm > min(spacing_mm, slice_spacing_mm) / 2:
+                    matrix = aligned.matrix
+                if aligned.largest_mm > MOVED_MM:
+                    told = f"by {aligned.shift_mm:.1f} mm and {aligned.turn_degrees:.1f} degrees"
+                    moves[channel] = (Note("MOVED", told),)
+            transforms[channel] = np.round(base @ matrix, 6)
+        except Rejected as reason:
+            rejected[channel] = reason
+    return transforms, moves, rejected
+
+
+def _moved(scans: Mapping[str, Masked], channel: str, transforms: Mapping[str, Affine]) -> Masked:
+    """A scan in the session's world. Its mask moves with the contrast on whose voxels it lies, or with the first."""
+    scan, matrix = scans[channel], transforms[channel]
+    order = [channel, *(other for other in transforms if other != channel)]
+    owner = next(
+        (
+            other
+            for other in order
+            if same_grid(scan.brain.shape, scan.brain_affine, scans[other].data.shape, scans[other].affine)
+        ),
+        next(iter(transforms)),
+    )
+    return replace(scan, affine=matrix @ scan.affine, brain_affine=transforms[owner] @ scan.brain_affine)
+
+
+def _same(scan: Masked, other: Masked) -> bool:
+    return same_grid(scan.data.shape, scan.affine, other.data.shape, other.affine)
+
+
+def _same_mask(scan: Masked, other: Masked) -> bool:
+    grids = same_grid(scan.brain.shape, scan.brain_affine, other.brain.shape, other.brain_affine)
+    return grids and (scan.brain is other.brain or np.array_equal(scan.brain, other.brain))
+
+
+def _not_apart(scan: Masked, reference: Masked) -> None:
     apart = float(np.linalg.norm(_centre(scan) - _centre(reference)))
     if apart > MAX_APART_MM:
         raise Rejected(
             "MODALITY_GRID", f"its centre lies {apart:.0f} mm from that of the session's first contrast"
         )
-    inside = onto_grid(scan.brain.view(np.uint8), scan.brain_affine, grid, labels=True).astype(bool)
+
+
+def _on_grid(scan: Masked, grid: Grid) -> NDArray[np.bool_]:
+    return onto_grid(scan.brain.view(np.uint8), scan.brain_affine, grid, labels=True).astype(bool)
+
+
+def _place(
+    scan: Masked, inside: NDArray[np.bool_], grid: Grid
+) -> tuple[NDArray[np.float32], NDArray[np.bool_], tuple[Note, ...]]:
+    """A scan and its mask on the grid. Raises `Rejected(MODALITY_GRID)` where it covers too little of its mask."""
     values = onto_grid(scan.data, scan.affine, grid)
     seen = np.isfinite(values)
     cover = float((inside & seen).sum()) / max(1.0, float(inside.sum()))
@@ -206,8 +274,11 @@ def _place(
         notes.append(
             Note("CROPPED", f"brain reaches {cut:.0f} mm beyond the stack; a larger `size` keeps it")
         )
-    inside &= seen
-    return to_uint8(values, inside, percentiles), inside, tuple(notes)
+    return values, inside & seen, tuple(notes)
+
+
+def _dice(a: NDArray[np.bool_], b: NDArray[np.bool_]) -> float:
+    return 2 * np.count_nonzero(a & b) / max(1, np.count_nonzero(a) + np.count_nonzero(b))
 
 
 def _centre(scan: Masked) -> NDArray[np.float64]:

@@ -32,8 +32,32 @@ REJECTIONS: Mapping[str, str] = {
     "EMPTY_BRAIN": "constant voxels, or an implausible brain mask",
     "MASK_MISSING": "no brain mask where the cohort's card says it lies",
     "MODALITY_GRID": "lies elsewhere than the other contrasts of its session",
+    "REGISTRATION_FAILED": "cannot be aligned with its session's reference contrast, or with the template",
+    "MASK_VALUES": "a label map with values that the cohort's card does not name",
+    "MASK_GRID": "a label map that lies elsewhere than the scans of its session",
     "DUP_ID": "a second file for the same subject, session, run and contrast",
+    "NOT_DICOM": "a folder without DICOM images",
+    "DICOM_INVALID": "a DICOM file that cannot be parsed",
+    "DICOM_TRUNCATED": "a DICOM file ends before its last pixel",
+    "NOT_MR": "images of another modality, or no images",
+    "LOCALIZER": "a localiser or calibration scan",
+    "DERIVED": "computed from other images: a map, projection, reformat, subtraction or capture",
+    "BURNED_IN": "text is burnt into the pixels",
+    "NOT_STRUCTURAL": "diffusion, perfusion, susceptibility, angiography or another sequence that is not ours",
+    "CONTRAST_UNDECIDED": "the sequence's attributes and name do not settle its contrast",
+    "AGENT_UNDECIDED": "T1-weighted, but nothing tells whether with contrast agent",
+    "AGENT_CONFLICT": "T1-weighted, with contradictory signs of contrast agent",
+    "SERIES_MIXED": "a folder holds several series where one was found at first",
+    "SLICES_MISSING": "a gap between the slices of a series",
+    "SLICES_REPEATED": "two different images of a series lie at one place",
+    "SLICES_UNEVEN": "the images of a series differ in size, spacing or direction",
+    "CONVERT_FAILED": "dcm2niix did not convert the series, or not to what its headers say",
+    "CONVERT_SEVERAL": "dcm2niix made several volumes of one series",
+    "SESSION_MIXED": "a scan of another day than the rest of its session",
 }
+# Of DICOM series that are no scan a cohort could ask for: told, but no more an input that failed than a file that fits
+# no pattern of a NIfTI layout is.
+ASIDE = frozenset({"NOT_MR", "LOCALIZER", "DERIVED", "NOT_STRUCTURAL"})
 NOTES: Mapping[str, str] = {
     "SCALE_ODD": "intensity slope zero or undefined (taken as unscaled), or negative",
     "SPACING_ODD": "unusual voxel spacing, or spacing and affine disagree",
@@ -45,9 +69,19 @@ NOTES: Mapping[str, str] = {
     "QS_CHOSEN": "qform and sform disagree; one was chosen as asked",
     "MASK_FALLBACK": "brain mask by a classical fallback, not supplied",
     "MASK_SHARED": "the mask of another contrast of the session was used",
+    "MASK_MODEL": "brain mask by a model or a program, not supplied",
+    "MASK_ODD": "the brain mask is too small or large, is cut off, or disagrees with another contrast's",
+    "MOVED": "moved by more than a centimetre to fit the session's reference contrast",
+    "LABELS_GRID": "a label map on the voxels of no scan, placed by its header",
+    "LABELS_CUT": "a part of a label map lies outside the slices kept",
     "CROPPED": "brain outside the field of view of the stack was cut off",
     "PARTIAL_COVER": "the scan does not cover the whole brain mask",
     "RUN_CHOSEN": "one of several runs was chosen by the declared rule",
+    "DERIVED_USED": "an image that its header calls derived was used",
+    "CONTRAST_BY_NAME": "the contrast of a DICOM series by its description, where attributes are missing",
+    "CONTRAST_DECLARED": "the card's declared description overrides what the sequence's attributes say",
+    "AGENT_SILENT": "T1w because nothing in its study tells of contrast agent before it",
+    "FILES_IGNORED": "files beside a DICOM series, or copies of its images, were left out",
 }
 
 

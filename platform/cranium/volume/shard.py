@@ -1,8 +1,8 @@
 """Parquet shards of slice stacks: how rows are laid out, written, read back and checked.
 
-A row is one slice stack `[C, S, H, W]` uint8, held as raw C-order bytes in a fixed-size binary column: Parquet has no
-8-bit type, so a tensor column would store four bytes a pixel and decode value by value. A row group is a run of at
-most `MAX_ROWS` slices of one session, so a session is read, added or forgotten by touching few row groups.
+A row is one slice stack `[C, S, H, W]` of uint8 (or uint16), held as raw C-order bytes in a fixed-size binary column:
+Parquet has no 8-bit type, so a tensor column would store four bytes a pixel and decode value by value. A row group is a
+run of at most `MAX_ROWS` slices of one session, so a session is read, added or forgotten by touching few row groups.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ Where = Path | str  # a string with `://` is in an object store
 Shape = tuple[int, int, int, int]  # [C, S, H, W]
 
 SCHEMA_VERSION = 1
+DTYPES = ("uint8", "uint16")  # of a pixel; little-endian
 MAX_ROWS = 64  # of a row group
 METADATA = b"cranium"
 PLACE = "place"  # a file of a shard set's folder that says where its shards are, when they are elsewhere
@@ -48,25 +49,26 @@ class ShardError(ValueError):
 
 @dataclass(frozen=True)
 class Footer:
-    """What a shard says of itself: rows of each row group, stack shape and channel names."""
+    """What a shard says of itself: rows of each row group, stack shape, channel names and kind of pixel."""
 
     row_groups: tuple[int, ...]
     shape: Shape
     channels: tuple[str, ...]
+    dtype: str = "uint8"
 
     @property
     def rows(self) -> int:
         return sum(self.row_groups)
 
 
-def schema(shape: Sequence[int], channels: Sequence[str]) -> pa.Schema:
-    """The Arrow schema of shards whose stacks are `shape` = [C, S, H, W] with these channel names."""
+def schema(shape: Sequence[int], channels: Sequence[str], dtype: str = "uint8") -> pa.Schema:
+    """The Arrow schema of shards whose stacks are `shape` = [C, S, H, W] with these channel names and pixels."""
     c, s, h, w = shape
     if c != len(channels):
         raise ValueError(f"a stack of {c} channels needs {c} channel names, got {list(channels)}")
     meta = {
         "shape": [c, s, h, w],
-        "dtype": "uint8",
+        "dtype": dtype,
         "channels": list(channels),
         "schema_version": SCHEMA_VERSION,
     }
@@ -78,7 +80,7 @@ def schema(shape: Sequence[int], channels: Sequence[str]) -> pa.Schema:
             pa.field("slice", pa.int32(), nullable=False),
             pa.field("num_slices", pa.int32(), nullable=False),
             pa.field("present", pa.uint32(), nullable=False),
-            pa.field("pixels", pa.binary(c * s * h * w), nullable=False),
+            pa.field("pixels", pa.binary(c * s * h * w * np.dtype(dtype).itemsize), nullable=False),
             pa.field("mask", pa.binary(s * h * w), nullable=True),
             pa.field("crc", pa.uint32(), nullable=False),
         ],
@@ -87,7 +89,7 @@ def schema(shape: Sequence[int], channels: Sequence[str]) -> pa.Schema:
 
 
 def encode(
-    pixels: NDArray[np.uint8],
+    pixels: NDArray[Any],
     *,
     channels: Sequence[str],
     cohort: str,
@@ -98,20 +100,20 @@ def encode(
     present: int,
     masks: NDArray[np.uint8] | None = None,
 ) -> pa.Table:
-    """Rows of one session from stacks `[n, C, S, H, W]` uint8 (n <= 64) and label maps `[n, S, H, W]` or None.
+    """Rows of one session from stacks `[n, C, S, H, W]` uint8 or uint16 (n <= 64) and labels `[n, S, H, W]` or None.
 
     `slices` are their indices in the session's grid, rising. The table views `pixels`; don't write to it afterwards.
     """
     n = len(pixels)
-    if pixels.dtype != np.uint8 or pixels.ndim != 5 or not 0 < n <= MAX_ROWS:
+    if pixels.dtype.name not in DTYPES or pixels.ndim != 5 or not 0 < n <= MAX_ROWS:
         raise ValueError(
-            f"expected 1 to {MAX_ROWS} uint8 stacks [n, C, S, H, W], got {pixels.dtype} {pixels.shape}"
+            f"expected 1 to {MAX_ROWS} uint8 or uint16 stacks [n, C, S, H, W], got {pixels.dtype} {pixels.shape}"
         )
     if len(slices) != n or any(b <= a for a, b in itertools.pairwise(slices)):
         raise ValueError("one rising slice index is needed for each stack")
     if masks is not None and masks.shape != (n, *pixels.shape[2:]):
         raise ValueError(f"masks {masks.shape} do not lie on the stacks {pixels.shape}")
-    layout = schema(pixels.shape[1:], channels)
+    layout = schema(pixels.shape[1:], channels, pixels.dtype.name)
     crcs = np.array([isal_zlib.crc32(row) for row in np.ascontiguousarray(pixels)], np.uint32)
     mask_type = layout.field("mask").type
     columns = [
@@ -128,7 +130,7 @@ def encode(
     return pa.Table.from_arrays(columns, schema=layout)
 
 
-def _bytes(rows: NDArray[np.uint8], kind: pa.DataType) -> pa.Array:
+def _bytes(rows: NDArray[Any], kind: pa.DataType) -> pa.Array:
     return pa.Array.from_buffers(kind, len(rows), [None, pa.py_buffer(np.ascontiguousarray(rows))])
 
 
@@ -237,12 +239,12 @@ def _footer(file: pq.ParquetFile, path: Where) -> Footer:
     # An allow-list: pickled columns, too, have run foreign code in Ray.
     meta = _metadata(file.schema_arrow, str(path))
     shape, channels = tuple(meta["shape"]), tuple(meta["channels"])
-    if not file.schema_arrow.equals(schema(shape, channels), check_metadata=False):
+    if not file.schema_arrow.equals(schema(shape, channels, meta["dtype"]), check_metadata=False):
         raise ShardError(
             "SHARD_SCHEMA", f"{path} does not have the columns of a shard: {file.schema_arrow.names}"
         )
     groups = tuple(file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups))
-    return Footer(groups, shape, channels)
+    return Footer(groups, shape, channels, meta["dtype"])
 
 
 def _metadata(layout: pa.Schema, where: str) -> dict[str, Any]:
@@ -254,7 +256,7 @@ def _metadata(layout: pa.Schema, where: str) -> dict[str, Any]:
         found = int(meta["schema_version"])
         if (
             found == SCHEMA_VERSION
-            and meta["dtype"] == "uint8"
+            and meta["dtype"] in DTYPES
             and len(meta["shape"]) == 4
             and meta["channels"]
         ):
@@ -275,9 +277,13 @@ def stack_shape(rows: pa.Table | pa.RecordBatch) -> Shape:
     return c, s, h, w
 
 
-def pixels(rows: pa.Table | pa.RecordBatch) -> NDArray[np.uint8]:
-    """Stacks `[n, C, S, H, W]`: a read-only view of the value buffer when the rows are one chunk, else one copy."""
-    return _view(rows, "pixels", stack_shape(rows))
+def pixels(rows: pa.Table | pa.RecordBatch) -> NDArray[Any]:
+    """Stacks `[n, C, S, H, W]`, uint8 or uint16 as stored.
+
+    A read-only view of the value buffer when the rows are one chunk, else one copy.
+    """
+    meta = _metadata(rows.schema, "a batch of rows")
+    return _view(rows, "pixels", meta["shape"], np.dtype(meta["dtype"]))
 
 
 def masks(rows: pa.Table | pa.RecordBatch) -> NDArray[np.uint8] | None:
@@ -285,26 +291,28 @@ def masks(rows: pa.Table | pa.RecordBatch) -> NDArray[np.uint8] | None:
     column = rows.column("mask")
     if column.null_count == len(column):
         return None
-    labels = _view(rows, "mask", stack_shape(rows)[1:])
+    labels = _view(rows, "mask", stack_shape(rows)[1:], np.dtype(np.uint8))
     if column.null_count:  # what lies under a null is undefined
         labels = labels.copy()
         labels[np.asarray(column.is_null())] = 0
     return labels
 
 
-def _view(rows: pa.Table | pa.RecordBatch, name: str, shape: Sequence[int]) -> NDArray[np.uint8]:
+def _view(
+    rows: pa.Table | pa.RecordBatch, name: str, shape: Sequence[int], dtype: np.dtype[Any]
+) -> NDArray[Any]:
     column = rows.column(name)
     chunks = column.chunks if isinstance(column, pa.ChunkedArray) else [column]
     size = int(np.prod(shape))
     views = [
-        np.frombuffer(chunk.buffers()[1], np.uint8, len(chunk) * size, chunk.offset * size).reshape(
-            -1, *shape
-        )
+        np.frombuffer(
+            chunk.buffers()[1], dtype, len(chunk) * size, chunk.offset * size * dtype.itemsize
+        ).reshape(-1, *shape)
         for chunk in chunks
         if len(chunk)
     ]
     if not views:
-        return np.empty((0, *shape), np.uint8)
+        return np.empty((0, *shape), dtype)
     stacked = views[0] if len(views) == 1 else np.concatenate(views)
     stacked.flags.writeable = False  # the buffer may be shared with other processes
     return stacked

@@ -8,7 +8,7 @@ from inferior to superior, rows from anterior (top) to posterior, columns from l
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import SimpleITK as sitk
@@ -57,6 +57,16 @@ def session_grid(
     return Grid((num_slices, size, size), grid)
 
 
+def box_grid(low: Affine, high: Affine, spacing: float) -> Grid:
+    """The grid of one spacing that covers a box of the world, whose centre is its own."""
+    counts = np.ceil(np.round((high - low) / spacing, 3)).astype(int) + 1
+    grid = np.zeros((4, 4))
+    grid[1, 0], grid[0, 1], grid[2, 2] = -spacing, spacing, spacing
+    reach = (counts - 1) / 2 * spacing
+    grid[:, 3] = [*((low + high) / 2 + reach * (-1, 1, -1)), 1]
+    return Grid((int(counts[2]), int(counts[1]), int(counts[0])), grid)
+
+
 def bounding_box(mask: NDArray[np.bool_], affine: Affine) -> tuple[Affine, Affine]:
     """Least and greatest world coordinates (mm) of the centres of the voxels that are set."""
     if not mask.any():
@@ -83,13 +93,27 @@ def onto_grid(data: NDArray[Any], affine: Affine, grid: Grid, *, labels: bool = 
     return _resample(data, step, (grid.shape[2], grid.shape[1], grid.shape[0]), labels).transpose(2, 1, 0)
 
 
-def to_native(labels: NDArray[Any], grid: Grid, shape: tuple[int, int, int], affine: Affine) -> NDArray[Any]:
-    """A label map [Z, H, W] of a grid on the scan's own voxels [I, J, K]: the nearest pixel, 0 outside the grid."""
-    step = np.linalg.inv(grid.affine_xyz) @ affine
-    return _resample(labels.transpose(2, 1, 0), step, shape, labels=True)
+def to_native(
+    labels: NDArray[Any],
+    grid: Grid,
+    shape: tuple[int, int, int],
+    affine: Affine,
+    transform: Affine | None = None,
+) -> NDArray[Any]:
+    """A label map [Z, H, W] of a grid on the scan's own voxels [I, J, K]: the nearest pixel, 0 outside the grid.
+
+    `transform`: what aligned the scan with its session (`transforms` of `sessions.parquet`), world -> world.
+    """
+    placed = affine if transform is None else transform @ affine
+    return nearest(labels.transpose(2, 1, 0), grid.affine_xyz, shape, placed)
 
 
-def _resample(data: NDArray[Any], step: Affine, shape: tuple[int, int, int], labels: bool) -> NDArray[Any]:
+def nearest(labels: NDArray[Any], affine: Affine, shape: tuple[int, ...], other: Affine) -> NDArray[Any]:
+    """Labels on the voxels of `affine`, at the voxels of another grid: the nearest, 0 outside."""
+    return _resample(labels, np.linalg.inv(affine) @ other, shape, labels=True)
+
+
+def _resample(data: NDArray[Any], step: Affine, shape: tuple[int, ...], labels: bool) -> NDArray[Any]:
     """`step` maps an index of the result [x, y, z] to an index of `data` [i, j, k]."""
     step = np.round(step, 6)  # so that headers equal up to float32 noise give equal voxels
     image = sitk.GetImageFromArray(np.ascontiguousarray(data.transpose(2, 1, 0)))
@@ -119,33 +143,57 @@ def limit_threads(threads: int) -> None:
     sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(threads)
 
 
-def kept(brain: NDArray[np.bool_], min_brain: float) -> range:
-    """Which slices of [Z, H, W] are kept: from the first to the last whose share of brain pixels reaches `min_brain`.
+@dataclass(frozen=True)
+class Kept:
+    """The rule that keeps slices. `brain`: from the first to the last with enough brain. `range`: `count` slices at
+    most from the index `first` of the grid on (BrainFound takes 140 from the 10th). Of those, every `every`-th.
+    """
 
-    One run without gaps, so that a slice's neighbours are its neighbours in the head.
+    rule: Literal["brain", "range"] = "brain"
+    first: int = 10
+    count: int = 140
+    every: int = 1
+
+
+BRAIN = Kept()
+
+
+def kept(brain: NDArray[np.bool_], min_brain: float, rule: Kept = BRAIN) -> range:
+    """Which slices of [Z, H, W] are kept, as one run with a step; nothing where no slice holds any brain.
+
+    By default from the first to the last whose share of brain pixels reaches `min_brain`: without gaps, so that a
+    slice's neighbours are its neighbours in the head.
     """
     enough = np.flatnonzero((brain.mean(axis=(1, 2)) >= min_brain) & brain.any(axis=(1, 2)))
-    return range(int(enough[0]), int(enough[-1]) + 1) if len(enough) else range(0)
+    if not len(enough):
+        return range(0)
+    if rule.rule == "range":
+        return range(rule.first, min(rule.first + rule.count, len(brain)), rule.every)
+    return range(int(enough[0]), int(enough[-1]) + 1, rule.every)
 
 
-def to_stacks(volumes: NDArray[np.uint8], slices: range) -> NDArray[np.uint8]:
+def _run(slices: range) -> slice:
+    return slice(slices.start, slices.stop, slices.step)
+
+
+def to_stacks(volumes: NDArray[Any], slices: range) -> NDArray[Any]:
     """Volumes [C, Z, H, W] -> stacks [n, C, 1, H, W] of the slices of a run."""
-    return np.ascontiguousarray(volumes[:, slices.start : slices.stop].transpose(1, 0, 2, 3)[:, :, None])
+    return np.ascontiguousarray(volumes[:, _run(slices)].transpose(1, 0, 2, 3)[:, :, None])
 
 
-def from_stacks(stacks: NDArray[np.uint8], slices: range, num_slices: int) -> NDArray[np.uint8]:
+def from_stacks(stacks: NDArray[Any], slices: range, num_slices: int) -> NDArray[Any]:
     """The inverse of `to_stacks` and (middle slice) `to_neighbours`: [C, Z, H, W], zero where none was kept."""
     n, c, s, h, w = stacks.shape
     if n != len(slices):
         raise ValueError(f"{n} stacks cannot fill {len(slices)} slices")
     volumes = np.zeros((c, num_slices, h, w), stacks.dtype)
-    volumes[:, slices.start : slices.stop] = stacks[:, :, s // 2].transpose(1, 0, 2, 3)
+    volumes[:, _run(slices)] = stacks[:, :, s // 2].transpose(1, 0, 2, 3)
     return volumes
 
 
-def to_neighbours(volume: NDArray[np.uint8], slices: range, depth: int) -> NDArray[np.uint8]:
+def to_neighbours(volume: NDArray[Any], slices: range, depth: int) -> NDArray[Any]:
     """One volume [Z, H, W] -> stacks [n, 1, depth, H, W]: each slice between its neighbours, zero beyond the ends."""
     before = depth // 2
     padded = np.pad(volume, ((before, depth - 1 - before), (0, 0), (0, 0)))
     windows = np.lib.stride_tricks.sliding_window_view(padded, depth, axis=0)  # [Z, H, W, depth]
-    return np.ascontiguousarray(windows[slices.start : slices.stop].transpose(0, 3, 1, 2)[:, None])
+    return np.ascontiguousarray(windows[_run(slices)].transpose(0, 3, 1, 2)[:, None])

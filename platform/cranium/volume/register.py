@@ -1,0 +1,219 @@
+"""Alignment: the contrasts of a session to one of them (rigid), a session to a template (affine); what is a failure.
+
+Nothing is resampled here. A result is a matrix, world of the moving scan -> world of the fixed one (RAS mm), that
+corrects the moving scan's affine, so that a voxel is interpolated once, on its way to the stack. Mattes' mutual
+information (Mattes et al. 2003, IEEE TMI 22:120) on two levels, with Powell's search for the six rigid parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import SimpleITK as sitk
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from cranium.volume.masks import Affine, Masked
+from cranium.volume.quality import Rejected
+from cranium.volume.slices import Grid, bounding_box, box_grid, onto_grid
+
+FINE_MM = (
+    2.0  # of the finer level, or the stack's own spacing where that is coarser; the other level is twice that
+)
+FIXED_MARGIN_MM = 12.0  # of head around the fixed brain
+MOVING_MARGIN_MM = 40.0
+MAX_SHIFT_MM = 30.0  # of the brain's centre, between two contrasts of one visit
+MAX_TURN_DEGREES = 25.0
+MIN_INFORMATION = 0.05  # nats: less, and the two scans tell nothing of each other
+MIN_KEPT = (
+    0.95  # share of the headers' information below which the search went astray; up to 1 the headers stand
+)
+MAX_SCALE = (0.6, 1.7)  # of a head against the template, along any axis
+SEED = 1  # of the metric's sample
+TURN_SCALE_MM = 60.0  # a turn by a radian moves a voxel of the brain by about this much
+
+
+@dataclass(frozen=True)
+class Aligned:
+    """`matrix`: world of the moving scan -> world of the fixed one; how far that is, and the information gained."""
+
+    matrix: Affine
+    shift_mm: float  # of the brain's centre
+    turn_degrees: float
+    largest_mm: float  # displacement of a corner of the brain's bounding box
+    before: float  # mutual information, nats
+    after: float
+
+
+@contextmanager
+def single_thread() -> Iterator[None]:
+    """SimpleITK sums in another order on another number of threads; on one, the bytes are always the same."""
+    threads = sitk.ProcessObject.GetGlobalDefaultNumberOfThreads()
+    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
+    try:
+        yield
+    finally:
+        sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(threads)
+
+
+def rigid(moving: Masked, fixed: Masked, spacing_mm: float = FINE_MM) -> Aligned:
+    """Turn and shift `moving` onto `fixed`, starting from where the headers place both.
+
+    Raises `Rejected(REGISTRATION_FAILED)`: no overlap, no gain, no shared information, or a motion that no head makes
+    during a visit.
+    """
+    spacing = max(FINE_MM, spacing_mm)
+    low, high = bounding_box(fixed.brain, fixed.brain_affine)
+    with single_thread():
+        images = _images(moving, fixed, low, high, spacing)
+        start = sitk.Euler3DTransform()
+        start.SetCenter(((low + high) / 2).tolist())
+        found, before, after = _search(images, start, [TURN_SCALE_MM] * 3 + [1.0] * 3)
+    aligned = _measured(np.linalg.inv(_matrix(found)), low, high, before, after)
+    if aligned.shift_mm > MAX_SHIFT_MM or aligned.turn_degrees > MAX_TURN_DEGREES:
+        moved = f"{aligned.shift_mm:.0f} mm and {aligned.turn_degrees:.0f} degrees"
+        raise Rejected("REGISTRATION_FAILED", f"would have to move by {moved} to fit the session's reference")
+    return aligned
+
+
+def affine(moving: Masked, fixed: Masked, spacing_mm: float = FINE_MM) -> Aligned:
+    """Twelve degrees of freedom, for a brain onto a template's: shift by the masks' boxes, then turn, then scale.
+
+    Both are compared inside their masks. Raises `Rejected(REGISTRATION_FAILED)` as `rigid`, or for a scale of no head.
+    """
+    spacing = max(FINE_MM, spacing_mm)
+    low, high = bounding_box(fixed.brain, fixed.brain_affine)
+    ends = bounding_box(moving.brain, moving.brain_affine)
+    ratio = float(np.prod((ends[1] - ends[0]) / (high - low)) ** (1 / 3))
+    with single_thread():
+        images = _images(moving, fixed, low, high, spacing, stripped=True)
+        start = sitk.AffineTransform(3)
+        start.SetCenter(((low + high) / 2).tolist())
+        start.SetMatrix((np.eye(3) * ratio).ravel().tolist())
+        start.SetTranslation(((ends[0] + ends[1]) / 2 - (low + high) / 2).tolist())
+        found, before, after = _search(images, start, [TURN_SCALE_MM] * 9 + [1.0] * 3)
+    matrix = np.linalg.inv(_matrix(found))
+    scales = np.linalg.svd(matrix[:3, :3], compute_uv=False)
+    if scales.min() < MAX_SCALE[0] or scales.max() > MAX_SCALE[1] or np.linalg.det(matrix[:3, :3]) <= 0:
+        raise Rejected(
+            "REGISTRATION_FAILED", f"would be scaled by {scales.round(2).tolist()} to fit the template"
+        )
+    return _measured(matrix, low, high, before, after)
+
+
+@dataclass(frozen=True)
+class _Images:
+    fixed: Any
+    fixed_mask: Any
+    moving: Any
+    moving_mask: Any
+
+
+def _images(
+    moving: Masked, fixed: Masked, low: Affine, high: Affine, spacing: float, stripped: bool = False
+) -> _Images:
+    """Both scans on grids of one spacing around the fixed brain. The metric looks at the fixed brain and its edge."""
+    near = box_grid(low - FIXED_MARGIN_MM, high + FIXED_MARGIN_MM, spacing)
+    margin = MOVING_MARGIN_MM
+    if stripped:  # its brain may lie anywhere
+        ends = bounding_box(moving.brain, moving.brain_affine)
+        far = box_grid(ends[0] - FIXED_MARGIN_MM, ends[1] + FIXED_MARGIN_MM, spacing)
+    else:
+        far = box_grid(low - margin, high + margin, spacing)
+    values, seen, brain = _sampled(fixed, near, stripped)
+    other, other_seen, _ = _sampled(moving, far, stripped)
+    region = ndimage.binary_dilation(brain, iterations=max(1, round(10 / spacing))) & seen
+    return _Images(
+        _image(values, near),
+        _image(region.astype(np.uint8), near),
+        _image(other, far),
+        _image(other_seen, far),
+    )
+
+
+def _sampled(scan: Masked, grid: Grid, stripped: bool) -> tuple[NDArray[np.float32], NDArray[np.uint8], Any]:
+    values = onto_grid(scan.data, scan.affine, grid)
+    brain = onto_grid(scan.brain.view(np.uint8), scan.brain_affine, grid, labels=True).astype(bool)
+    seen = np.isfinite(values).astype(np.uint8)
+    if stripped:
+        values, seen = np.where(brain, values, 0), np.ones_like(seen)
+    return np.nan_to_num(values), seen, brain
+
+
+def _image(array: NDArray[Any], grid: Grid) -> Any:
+    """World coordinates stay RAS: ITK's are LPS, but only lengths and angles matter here, and those agree."""
+    image = sitk.GetImageFromArray(np.ascontiguousarray(array))
+    step = grid.affine_xyz[:3, :3]
+    spacing = np.linalg.norm(step, axis=0)
+    image.SetSpacing(spacing.tolist())
+    image.SetOrigin(grid.affine[:3, 3].tolist())
+    image.SetDirection((step / spacing).ravel().tolist())
+    return image
+
+
+def _search(images: _Images, start: Any, scales: list[float]) -> tuple[Any, float, float]:
+    """The transform fixed -> moving that shares most information, and that information before and after."""
+    method = sitk.ImageRegistrationMethod()
+    method.SetMetricAsMattesMutualInformation(32)
+    method.SetMetricSamplingStrategy(method.REGULAR)
+    method.SetMetricSamplingPercentagePerLevel([1.0, 0.2], SEED)
+    method.SetMetricFixedMask(images.fixed_mask)
+    method.SetMetricMovingMask(images.moving_mask)
+    method.SetInterpolator(sitk.sitkLinear)
+    method.SetShrinkFactorsPerLevel([2, 1])
+    spacing = images.fixed.GetSpacing()[0]
+    method.SetSmoothingSigmasPerLevel([spacing, spacing / 2])
+    method.SmoothingSigmasAreSpecifiedInPhysicalUnitsOn()
+    method.SetOptimizerAsPowell(20, stepLength=1.0, stepTolerance=0.01, valueTolerance=1e-6)
+    method.SetOptimizerScales(scales)
+    found = type(start)(start)
+    method.SetInitialTransform(found, True)
+    try:
+        before = -_evaluate(images, start)
+        method.Execute(images.fixed, images.moving)
+        after = -_evaluate(images, found)
+    except RuntimeError as error:  # all samples outside the moving scan, or nothing to see in it
+        text = str(error).strip().splitlines()[-1]
+        raise Rejected(
+            "REGISTRATION_FAILED", f"cannot be compared with the session's reference: {text}"
+        ) from None
+    if not after > MIN_INFORMATION:
+        raise Rejected("REGISTRATION_FAILED", f"shares {after:.3f} nats with the reference, as chance would")
+    if after < MIN_KEPT * before:
+        raise Rejected(
+            "REGISTRATION_FAILED", f"the search ends worse ({after:.3f}) than the headers ({before:.3f})"
+        )
+    return (found, before, after) if after > before else (start, before, before)
+
+
+def _evaluate(images: _Images, transform: Any) -> float:
+    method = sitk.ImageRegistrationMethod()
+    method.SetMetricAsMattesMutualInformation(32)
+    method.SetMetricFixedMask(images.fixed_mask)
+    method.SetMetricMovingMask(images.moving_mask)
+    method.SetInterpolator(sitk.sitkLinear)
+    method.SetInitialTransform(transform)
+    return float(method.MetricEvaluate(images.fixed, images.moving))
+
+
+def _matrix(transform: Any) -> Affine:
+    turn = np.array(transform.GetMatrix()).reshape(3, 3)
+    centre = np.array(transform.GetCenter())
+    matrix = np.eye(4)
+    matrix[:3, :3] = turn
+    matrix[:3, 3] = centre + np.array(transform.GetTranslation()) - turn @ centre
+    return matrix
+
+
+def _measured(matrix: Affine, low: Affine, high: Affine, before: float, after: float) -> Aligned:
+    matrix = np.round(matrix, 6)  # as it is recorded
+    corners = np.array(np.meshgrid(*zip(low, high, strict=True), [1.0], indexing="ij")).reshape(4, -1)
+    moved = np.linalg.norm(((matrix - np.eye(4)) @ corners)[:3], axis=0)
+    centre = np.array([*(low + high) / 2, 1.0])
+    turn = np.degrees(np.arccos(np.clip((np.trace(matrix[:3, :3]) - 1) / 2, -1, 1)))
+    shift = float(np.linalg.norm(((matrix - np.eye(4)) @ centre)[:3]))
+    return Aligned(matrix, shift, float(turn), float(moved.max()), before, after)
