@@ -25,7 +25,9 @@ from cranium.volume import nifti, normalise, shard, slices
 
 pytestmark = pytest.mark.ray
 
-SPEC = Ingest(size=56, spacing_mm=4.0, slice_spacing_mm=4.0, shard_mb=1, compute={"num_workers": 2})
+SPEC = Ingest(
+    size=56, spacing_mm=4.0, slice_spacing_mm=4.0, shard_mb=1, align="none", compute={"num_workers": 2}
+)
 CARD = Card.model_validate(phantoms.card())
 
 
