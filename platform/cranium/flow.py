@@ -29,7 +29,7 @@ from rich.progress import (
 
 from cranium import cluster, store, track
 from cranium.cards import Card
-from cranium.config import Experiment, Machine, UserError, fingerprint, to_yaml
+from cranium.config import Experiment, Machine, UserError, fingerprint, share, to_yaml
 from cranium.store import Artefact
 
 if TYPE_CHECKING:
@@ -152,7 +152,20 @@ def ingest(study: Study) -> dict[str, Artefact]:
         sets[cohort] = made
         study.made[name] = str(made.path)
         _count(study, cohort, made)
+        _quality_page(study, cohort, made)
     return sets
+
+
+def _quality_page(study: Study, cohort: str, made: Artefact) -> None:
+    """The page beside the manifest, made when it is not there or shows an earlier state."""
+    from cranium.figures import cohort as figures
+
+    if not figures.current(made.path):
+        with study.stage(f"quality {cohort}") as tell:
+            figures.write(made.path, share() / "dashboards" / "quality.html.j2", tell)
+    page = made.path / figures.PAGE
+    study.made[f"quality {cohort}"] = str(page)
+    study.console.print(f"  {cohort}: quality page {page}", highlight=False, soft_wrap=True)
 
 
 def _shard_set(study: Study, cohort: str, raw: Path) -> Artefact:

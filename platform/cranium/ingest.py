@@ -7,6 +7,7 @@ ingest that was killed goes on where it was: what has a record is not read again
 
 from __future__ import annotations
 
+import base64
 import errno
 import json
 import os
@@ -23,7 +24,7 @@ from cranium.cards import Card
 from cranium.config import Compute, Ingest, Machine, UserError
 from cranium.provisions import Provisions
 from cranium.store import Artefact
-from cranium.volume import labels, nifti, normalise, shard, slices
+from cranium.volume import fingerprint, labels, measure, nifti, normalise, shard, slices
 from cranium.volume.quality import ASIDE, Rejected
 
 Progress = Callable[[int, int, str], None]
@@ -233,6 +234,8 @@ def _write_part(
         contrast, path = session["scans"][channel][:2]
         sources[channel] = {"contrast": contrast, "path": path, "sha256": volume.sha256}
     ml = None if label_map is None else json.dumps(dict(zip(job.classes, label_map.ml, strict=True)))
+    looks = (conformed.volumes, conformed.brain, conformed.grid.affine)
+    native = {channel: (volume.data, volume.affine) for channel, volume in used.items()}
     columns = {
         **session["values"],
         **names,
@@ -248,6 +251,8 @@ def _write_part(
         "label_ml": ml,
         "sources": json.dumps(sources),
         "warnings": json.dumps([{"contrast": c, "code": n.code, "reason": n.reason} for c, n in warnings]),
+        "measures": json.dumps(measure.measures(native, spec.channels, *looks)),
+        "fingerprint": base64.b64encode(fingerprint.fingerprint(*looks)).decode(),
     }
     return {
         "row_groups": [table.num_rows for table in tables],

@@ -7,6 +7,7 @@ that was rejected. Readers take the list from the manifest, never the folder.
 
 from __future__ import annotations
 
+import base64
 import os
 import shutil
 from collections import Counter
@@ -42,6 +43,8 @@ RECORD = {  # columns of sessions.parquet beside those of the card; a string hol
     "label_ml": pa.string(),  # of each class of the label map, in the slices kept; null without one
     "sources": pa.string(),  # of each channel: contrast, path, sha256
     "warnings": pa.string(),
+    "measures": pa.string(),  # of the pixels, for the quality page (volume/measure.py)
+    "fingerprint": pa.binary(),  # that tells the same head in another collection (volume/fingerprint.py)
 }
 QUARANTINE = ("cohort", "subject", "session", "contrast", "path", "code", "reason")
 
@@ -153,7 +156,8 @@ def _agree(
 
 def _sessions_table(card: Card, sessions: list[dict[str, Any]]) -> pa.Table:
     layout = RECORD | {name: pa.float64() if name in cohort.FLOATS else pa.string() for name in card.columns}
-    return pa.Table.from_pylist(sessions, schema=pa.schema(list(layout.items())))
+    rows = [row | {"fingerprint": base64.b64decode(row["fingerprint"])} for row in sessions]
+    return pa.Table.from_pylist(rows, schema=pa.schema(list(layout.items())))
 
 
 # ---- trust ----------------------------------------------------------------------------------------------------------
