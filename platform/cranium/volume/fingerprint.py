@@ -9,7 +9,7 @@ common is taken away before two are compared. Pure NumPy; what was measured stan
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -155,10 +155,9 @@ def matches(prints: Sequence[bytes], people: Sequence[str], rows: Sequence[int])
     """
     if not len(rows):
         return []
-    planes = _unpacked(prints)
     names = np.unique(np.array([str(person) for person in people]), return_inverse=True)[1]
     found: dict[tuple[int, int], float] = {}
-    for signs in planes:
+    for signs in _unpacked(prints):
         there = np.flatnonzero(signs.any(axis=1))
         if len(there) < 2:
             continue
@@ -177,20 +176,19 @@ def matches(prints: Sequence[bytes], people: Sequence[str], rows: Sequence[int])
     return sorted(listed, key=lambda match: (-match.similarity, match.first, match.second))
 
 
-def _unpacked(prints: Sequence[bytes]) -> list[NDArray[np.int8]]:
+def _unpacked(prints: Sequence[bytes]) -> Iterator[NDArray[np.int8]]:
     """For every channel and frame [n, CELLS]: 1 brighter, -1 not, 0 outside the brain or absent."""
     sizes = sorted({len(text) for text in prints})
     if len(sizes) != 1 or sizes[0] % (BYTES * FRAMES) or sizes[0] < 2 * BYTES * FRAMES:
         raise ValueError(f"fingerprints of {sizes} bytes cannot be compared")
     packed = np.frombuffer(b"".join(prints), np.uint8).reshape(len(prints), FRAMES, -1, BYTES)
-    planes = []
     for frame, channel in itertools.product(range(FRAMES), range(1, packed.shape[2])):
         inside, brighter = (
             np.unpackbits(packed[:, frame, k], axis=1, count=CELLS).astype(np.int8) for k in (0, channel)
         )
         absent = ~packed[:, frame, channel].any(axis=1)
-        planes.append(np.where(absent[:, None], 0, inside * (2 * brighter - 1)).astype(np.int8))
-    return planes
+        inside[absent] = 0
+        yield inside * (2 * brighter - 1)
 
 
 def _filled(signs: NDArray[np.int8]) -> tuple[Array, Array]:
