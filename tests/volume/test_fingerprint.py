@@ -78,7 +78,9 @@ def other_processing(seed: int) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("seed", [1, 5])
-def test_a_head_is_found_again_after_other_processing_and_no_other_head_is(cohort: list[bytes], seed: int) -> None:
+def test_a_head_is_found_again_after_other_processing_and_no_other_head_is(
+    cohort: list[bytes], seed: int
+) -> None:
     people = [f"person {n}" for n in range(HEADS + 1)]
     for what, made in other_processing(seed).items():
         found = fingerprint.matches([*cohort, made], people, range(HEADS))

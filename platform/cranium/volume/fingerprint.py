@@ -85,7 +85,8 @@ def _averaged(
         summed = volume[box]
         for axis, step in enumerate(size):
             summed = np.add.reduceat(summed, np.arange(0, summed.shape[axis], step), axis, np.uint32)
-        return (summed / np.prod(size)).astype(np.float32)
+        means: Array = (summed / np.prod(size)).astype(np.float32)
+        return means
 
     coarse = np.eye(4)
     coarse[:3, :3] = steps * size
@@ -93,9 +94,7 @@ def _averaged(
     return blocks(brain.view(np.uint8)), np.stack([blocks(volume) for volume in volumes]), coarse
 
 
-def _moments(
-    share: Array, coarse: NDArray[np.float64]
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _moments(share: Array, coarse: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Centroid (mm) and covariance (mm2) of the brain."""
     index = np.argwhere(share > 0)
     weight = share[share > 0].astype(np.float64)
@@ -109,7 +108,9 @@ def _moments(
 def _inertia(covariance: NDArray[np.float64]) -> NDArray[np.float64]:
     """Axes of inertia as columns, in the order and with the signs nearest to those of the world."""
     _, axes = np.linalg.eigh(covariance)
-    order = max(itertools.permutations(range(3)), key=lambda o: float(np.abs(np.diag(axes[:, list(o)])).sum()))
+    order = max(
+        itertools.permutations(range(3)), key=lambda o: float(np.abs(np.diag(axes[:, list(o)])).sum())
+    )
     axes = axes[:, list(order)]
     turned: NDArray[np.float64] = axes * np.where(np.diag(axes) < 0, -1, 1)
     return turned
@@ -214,7 +215,7 @@ def similarity(cells: Array, mirrored: Array, rows: NDArray[np.int64]) -> Array:
         plain: Array = np.maximum(product, flipped) / np.sqrt(squares[rows][:, None] * squares[None])
         return plain
 
-    def inner(both: Array, square: Array, total: Array) -> tuple[Array, Array, Array]:
+    def inner(both: Array, square: Array, total: Array) -> tuple[Any, Any, Any]:
         """<a, c>, <b, c> and <c, c> for c = (total - a - b) / others."""
         mine, theirs = cells[rows] @ total, cells @ total
         whole = float(cells.sum(axis=0) @ total)
