@@ -235,7 +235,7 @@ def _write_part(
         sources[channel] = {"contrast": contrast, "path": path, "sha256": volume.sha256}
     ml = None if label_map is None else json.dumps(dict(zip(job.classes, label_map.ml, strict=True)))
     looks = (conformed.volumes, conformed.brain, conformed.grid.affine)
-    native = {channel: (volume.data, volume.affine) for channel, volume in used.items()}
+    native = {c: (volume.data, conformed.transforms[c] @ volume.affine) for c, volume in used.items()}
     columns = {
         **session["values"],
         **names,

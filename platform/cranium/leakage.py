@@ -1,7 +1,7 @@
 """The gate before anything is trained: nobody is on two sides, by name, group, file, declared overlap or looks.
 
-Sides are train and test of a fold, the external cohorts and the SSL corpus. What is shared must be accepted by name, and
-then stands as a stamp on every report.
+Sides are train and test of a fold, the external cohorts and the SSL corpus. What is shared must be accepted by name,
+and then stands as a stamp on every report.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ def gate(exp: Experiment, task: Classification, folds: Folds, shard_sets: ShardS
         names = {c for some in sides.values() for table in some for c in table} - set(OWN)
         units = {
             unit: {
-                side: {v for t in some if unit in t for vs in t[unit] for v in vs} for side, some in sides.items()
+                side: {v for t in some if unit in t for vs in t[unit] for v in vs}
+                for side, some in sides.items()
             }
             for unit in sorted(names)
         }
@@ -74,7 +75,9 @@ def _in_words(unit: str, sides: tuple[str, str], ids: list[str]) -> str:
 # ---- who and what ---------------------------------------------------------------------------------------------------
 
 
-def _tables(cohorts: tuple[str, ...], looked_at: Iterable[str], shard_sets: ShardSets) -> dict[str, pd.DataFrame]:
+def _tables(
+    cohorts: tuple[str, ...], looked_at: Iterable[str], shard_sets: ShardSets
+) -> dict[str, pd.DataFrame]:
     """For every cohort one row a session: the values of every unit of leakage, as tuples."""
     tables = {cohort: _units(shard_sets[cohort]) for cohort in cohorts}
     for cohort in cohorts:
@@ -93,7 +96,8 @@ def _units(shard_set: Artefact) -> pd.DataFrame:
     units: dict[str, Any] = {
         "subject_id": table["subject"],
         "key": [
-            f"{cohort}/{s}{f'/{v}' if v else ''}" for s, v in zip(table["subject"], table["session"], strict=True)
+            f"{cohort}/{s}{f'/{v}' if v else ''}"
+            for s, v in zip(table["subject"], table["session"], strict=True)
         ],
         "subject": [(f"{cohort}/{s}",) for s in table["subject"]],
         "content": [tuple(source["sha256"] for source in json.loads(s).values()) for s in table["sources"]],

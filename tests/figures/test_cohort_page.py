@@ -34,7 +34,11 @@ SUBJECTS = 12
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twelve subjects at two sites: one scan cut short, three that are web pages, a copy in place of a T2w."""
     raw = phantoms.bids_tree(
-        tmp_path_factory.mktemp("raw"), num_subjects=SUBJECTS, conditions=("control",), missing=((), (), ("FLAIR",)), shape=(40, 48, 36)
+        tmp_path_factory.mktemp("raw"),
+        num_subjects=SUBJECTS,
+        conditions=("control",),
+        missing=((), (), ("FLAIR",)),
+        shape=(40, 48, 36),
     )
 
     def scan(subject: str, contrast: str) -> Path:
@@ -81,7 +85,9 @@ class Reader(HTMLParser):
 
 def table(text: str, name: str) -> list[dict[str, str]]:
     """The rows of a table of the page, from its CSV."""
-    found = re.search(rf'download="{re.escape(html.escape(name))}\.csv" href="data:text/csv;base64,([^"]+)"', text)
+    found = re.search(
+        rf'download="{re.escape(html.escape(name))}\.csv" href="data:text/csv;base64,([^"]+)"', text
+    )
     assert found, name
     return list(csv.DictReader(io.StringIO(b64decode(found[1]).decode())))
 
@@ -126,7 +132,9 @@ def test_nothing_runs_and_nothing_is_fetched(page: str) -> None:
         assert not [name for name in attributes if name.startswith("on")]
         for name in ("src", "href", "xlink:href"):
             value = attributes.get(name) or ""
-            assert value.startswith(("data:image/png;base64,", "data:text/csv;base64,", "#", "")[: 3 if value else 4]), tag
+            assert value.startswith(
+                ("data:image/png;base64,", "data:text/csv;base64,", "#", "")[: 3 if value else 4]
+            ), tag
     assert "default-src 'none'" in page and "url(http" not in page
     assert all(attributes.get("alt") for tag, attributes in read.tags if tag == "img")
     ids = [attributes["id"] for _, attributes in read.tags if "id" in attributes]
@@ -191,7 +199,8 @@ def test_the_score_is_the_greatest_robust_deviation() -> None:
     (one,) = outliers.score([outliers.Measure("x", values, 0.1, "mm")]).measures
     known = values[:-1]
     spread = max(
-        1.4826 * np.median(np.abs(known - np.median(known))), (np.quantile(known, 0.9) - np.quantile(known, 0.1)) / 2.563
+        1.4826 * np.median(np.abs(known - np.median(known))),
+        (np.quantile(known, 0.9) - np.quantile(known, 0.1)) / 2.563,
     )
     found = outliers.score([one, outliers.Measure("flat", np.ones(22), 0.1)])
     assert found.score[20] == pytest.approx((100 - 10) / spread, abs=0.01) and found.score[21] == 0

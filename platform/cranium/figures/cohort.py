@@ -1,7 +1,7 @@
 """The quality page of a cohort: what was found, what was turned away and why, and what to look at first.
 
-Made from the shard set alone. Statistics come from `sessions.parquet`; pixels are read for a bounded number of sessions,
-so that a page of thousands takes seconds. The same shard set gives the same page.
+Made from the shard set alone. Statistics come from `sessions.parquet`; pixels are read for a bounded number of
+sessions, so that a page of thousands takes seconds. The same shard set gives the same page.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -101,7 +101,12 @@ def write(folder: Path, template: Path, progress: Progress | None = None) -> Pat
         "others": others,
         "legend": _legend(cohort.manifest),
         "flagged_from": outliers.FLAGGED,
-        "sections": [_rejected(survey), _noted(survey), *spread.sections(cohort, measures), _sessions(survey)],
+        "sections": [
+            _rejected(survey),
+            _noted(survey),
+            *spread.sections(cohort, measures),
+            _sessions(survey),
+        ],
         "documents": _documents(cohort.manifest),
     }
     out = folder / PAGE
@@ -127,7 +132,9 @@ def _stamps(survey: Survey) -> list[str]:
     if survey.counts["rejected"]:
         stamps.append(f"{survey.counts['rejected']} of {survey.counts['scans']} scans rejected")
     if any(survey.flagged):
-        stamps.append(_many(sum(survey.flagged), "session") + f" with a score of {outliers.FLAGGED:g} or more")
+        stamps.append(
+            _many(sum(survey.flagged), "session") + f" with a score of {outliers.FLAGGED:g} or more"
+        )
     fallback = sum(code == "MASK_FALLBACK" for code, *_ in survey.notes)
     if fallback:
         stamps.append(_many(fallback, "brain mask") + " by a fallback")
@@ -149,7 +156,10 @@ def _answer(survey: Survey) -> list[str]:
     if n["sessions"] < outliers.ENOUGH:
         return [first, f"With fewer than {outliers.ENOUGH} sessions the outlier score only orders them."]
     if not any(survey.flagged):
-        return [first, f"No session has a score of {outliers.FLAGGED:g} or more; all lie close to the median."]
+        return [
+            first,
+            f"No session has a score of {outliers.FLAGGED:g} or more; all lie close to the median.",
+        ]
     why = survey.scores.reasons[worst]
     return [first, f"Furthest from the rest: {survey.names[worst]}: {'; '.join(why)}."]
 
@@ -167,7 +177,10 @@ def _expected(survey: Survey) -> list[tuple[str, int, int]]:
 def _documents(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
     parts = {"The preprocessing": manifest["preprocessing"], "The card of the cohort": manifest["card"]}
     shown = [(name, json.dumps(part, indent=1, ensure_ascii=False)) for name, part in parts.items()]
-    facts = {key: manifest.get(key) for key in ("preprocessing_hash", "code_version", "recipe", "channels", "shape")}
+    facts = {
+        key: manifest.get(key)
+        for key in ("preprocessing_hash", "code_version", "recipe", "channels", "shape")
+    }
     return [*shown, ("The shard set", json.dumps(facts, indent=1))]
 
 
@@ -222,7 +235,9 @@ def _rejected(survey: Survey) -> Section:
         tuple(tuple(str(cell) for cell in row) for row in table.itertuples(index=False)),
         f"every rejected scan ({len(table):,})",
     )
-    summary = Table(("code", "scans", "what it means", "what to do", "for example"), tuple(rows), "rejections")
+    summary = Table(
+        ("code", "scans", "what it means", "what to do", "for example"), tuple(rows), "rejections"
+    )
     text = "Every scan that was found and not used, with one code each. The rest of the cohort is not touched by them."
     return Section("rejected", "Rejected scans", (text,), (), (summary,), (every,))
 
@@ -235,7 +250,9 @@ def _noted(survey: Survey) -> Section:
     rows: list[tuple[object, ...]] = []
     for code, number in Counter(code for code, *_ in notes).most_common():
         here = [f"{name} {contrast}: {reason}" for c, name, contrast, reason in notes if c == code]
-        rows.append((code, number, remedies.meaning(code), "; ".join(here[:2]) + (" …" if number > 2 else "")))
+        rows.append(
+            (code, number, remedies.meaning(code), "; ".join(here[:2]) + (" …" if number > 2 else ""))
+        )
     tables = (Table(("code", "scans", "what it means", "for example"), tuple(rows), "notes"),) if rows else ()
     every = Table(("code", "session", "contrast", "reason"), tuple(notes), f"every note ({len(notes):,})")
     text = "Odd, and accepted all the same. A scan may have several notes."

@@ -26,7 +26,9 @@ class Rows:
     counts: Mapping[str, int]
 
 
-def ridges(rows: Rows, label: str, title: str, weights: Mapping[str, Mapping[str, Values]] | None = None) -> str:
+def ridges(
+    rows: Rows, label: str, title: str, weights: Mapping[str, Mapping[str, Values]] | None = None
+) -> str:
     """A small histogram for each row on one axis, a colour and a dash for each series; heights are of its own row.
 
     With `weights`, `values` are bin edges [k + 1] and the weights their heights [k]: a histogram made elsewhere.
@@ -39,12 +41,18 @@ def ridges(rows: Rows, label: str, title: str, weights: Mapping[str, Mapping[str
         made, (axes,) = style.figure(0.85 + 0.46 * len(rows.values) + (0.22 if len(series) > 1 else 0))
         for place, (name, row) in enumerate(rows.values.items()):
             heights = {
-                s: _rebinned(v, weights[name][s], edges) if weights else np.histogram(v, edges)[0].astype(float)
+                s: _rebinned(v, weights[name][s], edges)
+                if weights
+                else np.histogram(v, edges)[0].astype(float)
                 for s, v in row.items()
             }
             _ridge(axes, place, heights, edges, series)
             axes.text(
-                1.01, place + 0.02, f"n {rows.counts[name]:,}", transform=axes.get_yaxis_transform(), fontsize=8
+                1.01,
+                place + 0.02,
+                f"n {rows.counts[name]:,}",
+                transform=axes.get_yaxis_transform(),
+                fontsize=8,
             )
         axes.set(xlim=(low, high), ylim=(len(rows.values) - 0.7, -1.0), xlabel=label)
         axes.set_yticks(range(len(rows.values)), [_cut(name) for name in rows.values])
@@ -68,9 +76,10 @@ def _ridge(
             continue
         number = series.index(name) % 6
         line = place - 0.82 * height / top
-        stairs = {"baseline": place, "zorder": 3, "color": TINTS[number]}
-        axes.stairs(line, edges, fill=True, alpha=0.22, lw=0, **stairs)
-        axes.stairs(np.where(height > 0, line, np.nan), edges, lw=1.3, ls=DASHES[number], **stairs)
+        outline = np.where(height > 0, line, np.nan)
+        tint, dash = TINTS[number], DASHES[number]
+        axes.stairs(line, edges, baseline=place, fill=True, color=tint, alpha=0.22, lw=0, zorder=3)
+        axes.stairs(outline, edges, baseline=place, color=tint, lw=1.3, ls=dash, zorder=3)
 
 
 def _range(values: Mapping[str, Mapping[str, Values]]) -> tuple[float, float]:

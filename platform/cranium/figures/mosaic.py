@@ -60,10 +60,11 @@ def pictures(
 ) -> tuple[Picture, ...]:
     """The middle slice of a session, or of its middle row group the one with most labels, in every channel."""
     middle = sum(rows for *_, rows in where) // 2
-    for path, index, rows in where:
-        if middle < rows:
-            break
-        middle -= rows
+    group = 0
+    while middle >= where[group][2]:
+        middle -= where[group][2]
+        group += 1
+    path, index, _ = where[group]
     table = shard.read_row_group(path, index, ["slice", "num_slices", "pixels", "mask"])
     drawn = shard.masks(table)
     if drawn is not None and drawn.any():

@@ -137,7 +137,9 @@ def _intensities(cohort: corpus.Cohort, measures: Measures, sites: Sequence[str]
         edges = np.linspace(low, high if high > low else low + 1, 2 * BINS + 1)
         values, weights, counts = {}, {}, {}
         for site in order:
-            here = [np.array(t, float) for t, s in zip(tables, of, strict=True) if t is not None and s == site]
+            here = [
+                np.array(t, float) for t, s in zip(tables, of, strict=True) if t is not None and s == site
+            ]
             values[site] = {channel: edges} if here else {}
             weights[site] = {channel: np.mean([_density(q, edges) for q in here], axis=0)} if here else {}
             counts[site] = len(here)
@@ -169,7 +171,10 @@ def _brains(cohort: corpus.Cohort, measures: Measures, sites: Sequence[str]) -> 
     axes = ("left-right", "front-back", "up-down")
     extents = {axis: of(lambda m, k=k: m["extent_mm"][k]) for k, axis in enumerate(axes)}  # type: ignore[misc]
     plates = (
-        _plate("Brain volume", "Millilitres inside the brain mask.", "ml", sites, {"brain": of(lambda m: m["brain_ml"])}),
+        _plate(
+            "Brain volume", "Millilitres inside the brain mask.", "ml", sites,
+            {"brain": of(lambda m: m["brain_ml"])},
+        ),
         _plate("Extent of the brain", "Of the mask, along the axes of the head.", "mm", sites, extents),
         _plate(
             "Slices kept", "Slices of a session in the shards.", "slices", sites,
@@ -177,5 +182,3 @@ def _brains(cohort: corpus.Cohort, measures: Measures, sites: Sequence[str]) -> 
         ),
     )  # fmt: skip
     return Section("brains", "Brains", (), plates)
-
-

@@ -9,7 +9,7 @@ common is taken away before two are compared. Pure NumPy; what was measured stan
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,7 +85,8 @@ def _averaged(
         summed = volume[box]
         for axis, step in enumerate(size):
             summed = np.add.reduceat(summed, np.arange(0, summed.shape[axis], step), axis, np.uint32)
-        return (summed / np.prod(size)).astype(np.float32)
+        means: Array = (summed / np.prod(size)).astype(np.float32)
+        return means
 
     coarse = np.eye(4)
     coarse[:3, :3] = steps * size
@@ -93,9 +94,7 @@ def _averaged(
     return blocks(brain.view(np.uint8)), np.stack([blocks(volume) for volume in volumes]), coarse
 
 
-def _moments(
-    share: Array, coarse: NDArray[np.float64]
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _moments(share: Array, coarse: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Centroid (mm) and covariance (mm2) of the brain."""
     index = np.argwhere(share > 0)
     weight = share[share > 0].astype(np.float64)
@@ -109,7 +108,9 @@ def _moments(
 def _inertia(covariance: NDArray[np.float64]) -> NDArray[np.float64]:
     """Axes of inertia as columns, in the order and with the signs nearest to those of the world."""
     _, axes = np.linalg.eigh(covariance)
-    order = max(itertools.permutations(range(3)), key=lambda o: float(np.abs(np.diag(axes[:, list(o)])).sum()))
+    order = max(
+        itertools.permutations(range(3)), key=lambda o: float(np.abs(np.diag(axes[:, list(o)])).sum())
+    )
     axes = axes[:, list(order)]
     turned: NDArray[np.float64] = axes * np.where(np.diag(axes) < 0, -1, 1)
     return turned
@@ -155,10 +156,9 @@ def matches(prints: Sequence[bytes], people: Sequence[str], rows: Sequence[int])
     """
     if not len(rows):
         return []
-    planes = _unpacked(prints)
     names = np.unique(np.array([str(person) for person in people]), return_inverse=True)[1]
     found: dict[tuple[int, int], float] = {}
-    for signs in planes:
+    for signs in _unpacked(prints):
         there = np.flatnonzero(signs.any(axis=1))
         if len(there) < 2:
             continue
@@ -177,20 +177,19 @@ def matches(prints: Sequence[bytes], people: Sequence[str], rows: Sequence[int])
     return sorted(listed, key=lambda match: (-match.similarity, match.first, match.second))
 
 
-def _unpacked(prints: Sequence[bytes]) -> list[NDArray[np.int8]]:
+def _unpacked(prints: Sequence[bytes]) -> Iterator[NDArray[np.int8]]:
     """For every channel and frame [n, CELLS]: 1 brighter, -1 not, 0 outside the brain or absent."""
     sizes = sorted({len(text) for text in prints})
     if len(sizes) != 1 or sizes[0] % (BYTES * FRAMES) or sizes[0] < 2 * BYTES * FRAMES:
         raise ValueError(f"fingerprints of {sizes} bytes cannot be compared")
     packed = np.frombuffer(b"".join(prints), np.uint8).reshape(len(prints), FRAMES, -1, BYTES)
-    planes = []
     for frame, channel in itertools.product(range(FRAMES), range(1, packed.shape[2])):
         inside, brighter = (
             np.unpackbits(packed[:, frame, k], axis=1, count=CELLS).astype(np.int8) for k in (0, channel)
         )
         absent = ~packed[:, frame, channel].any(axis=1)
-        planes.append(np.where(absent[:, None], 0, inside * (2 * brighter - 1)).astype(np.int8))
-    return planes
+        inside[absent] = 0
+        yield inside * (2 * brighter - 1)
 
 
 def _filled(signs: NDArray[np.int8]) -> tuple[Array, Array]:
@@ -216,7 +215,7 @@ def similarity(cells: Array, mirrored: Array, rows: NDArray[np.int64]) -> Array:
         plain: Array = np.maximum(product, flipped) / np.sqrt(squares[rows][:, None] * squares[None])
         return plain
 
-    def inner(both: Array, square: Array, total: Array) -> tuple[Array, Array, Array]:
+    def inner(both: Array, square: Array, total: Array) -> tuple[Any, Any, Any]:
         """<a, c>, <b, c> and <c, c> for c = (total - a - b) / others."""
         mine, theirs = cells[rows] @ total, cells @ total
         whole = float(cells.sum(axis=0) @ total)

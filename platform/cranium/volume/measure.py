@@ -27,7 +27,8 @@ def measures(
     brain: NDArray[np.bool_],
     affine: NDArray[np.float64],
 ) -> dict[str, Any]:
-    """Measures of a session: `volumes` [C, Z, H, W] of `channels`, `brain` [Z, H, W], affine (row, column, slice) -> mm.
+    """Measures of a session: `volumes` [C, Z, H, W] of `channels`, `brain` [Z, H, W], affine (row, column, slice, 1) to
+    RAS mm.
 
     `native`: the scans of the channels that are present. Returns `brain_ml`, `extent_mm` (left-right, front-back,
     up-down), `fill` (share of the ellipsoid in its bounding box that is brain), for each channel `quantiles` (raw
@@ -86,7 +87,8 @@ def _looks(slices: NDArray[np.float32]) -> dict[str, float | None]:
     spread = float(slices[inside].std()) if inside.any() else 0.0
     steps = [
         np.abs(np.diff(slices, axis=axis))[
-            np.take(inside, range(1, inside.shape[axis]), axis) & np.take(inside, range(inside.shape[axis] - 1), axis)
+            np.take(inside, range(1, inside.shape[axis]), axis)
+            & np.take(inside, range(inside.shape[axis] - 1), axis)
         ]
         for axis in (1, 2)
     ]
