@@ -66,7 +66,7 @@ def pretrain(
     if made.done:
         return made
     started = time.monotonic()
-    corpus = stream.corpus(shard_sets)
+    corpus = stream.corpus(shard_sets, exp.stream)
     if PRETRAINED_HERE[init] != "random":  # asked here once, not by every worker and attempt
         checkpoint.locate(PRETRAINED_HERE[init], exp.arch, machine.weights)
     spec = {
