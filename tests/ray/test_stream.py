@@ -127,7 +127,9 @@ def test_a_row_group_of_another_length_is_refused(ray_cluster, tmp_path: Path):
     path = made.path / "shards" / "1.parquet"
     groups = [shard.read_row_group(path, index) for index in range(4)]
     shard.write(path, [groups[0].slice(0, 19), *groups[1:]])  # every row and CRC is right
-    with pytest.raises(UserError, match=r"1\.parquet, row group 0: 19 rows read, the manifest says 20") as caught:
+    with pytest.raises(
+        UserError, match=r"1\.parquet, row group 0: 19 rows read, the manifest says 20"
+    ) as caught:
         take(stream.corpus([made]), 0, 30)
     assert caught.value.code == "SHARD_ROWS"
 
@@ -154,7 +156,9 @@ def test_filters_are_config_keys(tmp_path: Path):
     every = stream.corpus(sets)
     assert len(every.sessions) == 24
     with_t2 = stream.corpus(sets, Stream(contrasts=("T2w",)))
-    assert [s.subject for s in with_t2.sessions if s.cohort == "a"] == [f"{n:03d}" for n in range(12) if n % 3]
+    assert [s.subject for s in with_t2.sessions if s.cohort == "a"] == [
+        f"{n:03d}" for n in range(12) if n % 3
+    ]
     split = stream.corpus(sets, Stream(cohorts=("b",), subjects={"b": ("001", "002")}))
     assert [s.key for s in split.sessions] == ["b/001/", "b/002/"]
     for wrong in (Stream(cohorts=("c",)), Stream(contrasts=("PDw",)), Stream(subjects={"a": ("x",)})):
