@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cranium import bench, bench_rows, bench_stream, stream
+from cranium import bench, bench_rows, bench_stream, corpora
 from cranium.volume import shard
 
 
@@ -60,7 +60,7 @@ def test_cpu_of_this_process_is_counted():
 
 def test_generated_shards_are_what_their_manifest_says(tmp_path: Path):
     made = bench_rows.shard_set(tmp_path, 300, 28)
-    corpus = stream.corpus([made])
+    corpus = corpora.corpus([made])
     assert corpus.rows == 300 and corpus.shape == (3, 1, 28, 28)
     rows = np.load(bench_rows.memmap(made, tmp_path))
     first = made.manifest()["shards"][0]
@@ -68,7 +68,7 @@ def test_generated_shards_are_what_their_manifest_says(tmp_path: Path):
     shard.check_rows(table, "")
     begin = first["row_groups"][0]["rows"]
     assert np.array_equal(rows[begin : begin + table.num_rows], shard.pixels(table))
-    larger = stream.corpus([bench_rows.repeated(made, 3)])
+    larger = corpora.corpus([bench_rows.repeated(made, 3)])
     assert larger.rows == 900 and len(larger.sessions) == 3 * len(corpus.sessions)
     group = larger.sessions[-1].row_groups[0]
     assert shard.read_row_group(Path(group.file), group.index).num_rows == group.rows

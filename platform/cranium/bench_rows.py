@@ -29,7 +29,7 @@ def shard_set(folder: Path, rows: int, size: int) -> Artefact:
     head = _head(size, rng)
     slices = min(96, max(1, rows // 50))
     sessions = [(f"{n:06d}", min(slices, rows - start)) for n, start in enumerate(range(0, rows, slices))]
-    entries = []
+    entries: list[dict[str, Any]] = []
     for first in range(0, len(sessions), max(1, SHARD_ROWS // slices)):
         part = sessions[first : first + max(1, SHARD_ROWS // slices)]
         tables = [table for name, count in part for table in _session(name, count, head, rng)]

@@ -18,7 +18,7 @@ import torch
 from pydantic import Field
 from torch.utils.data import DataLoader, Dataset
 
-from cranium import bench, bench_rows, cluster, stream
+from cranium import bench, bench_rows, cluster, corpora, stream
 from cranium.config import Machine
 from cranium.config import Stream as Mixing
 from cranium.volume import plan
@@ -43,7 +43,7 @@ def run(spec: Spec, say: Callable[[str], None]) -> bench.Result:
     memmap = bench_rows.memmap(made, spec.data)
     scans = bench_rows.scans(spec.data, spec.volume)
     with cluster.connect(Machine(store=spec.data)):
-        corpus = stream.corpus([made])
+        corpus = corpora.corpus([made])
         mixed = stream.order(Mixing(lanes=LANES), BATCH, seed=0)
         in_order = stream.order(Mixing(lanes=LANES, window=1, max_rows_per_session=BATCH), BATCH, seed=0)
         steps = plan.steps(corpus.sessions, mixed, 0)
@@ -60,7 +60,7 @@ def run(spec: Spec, say: Callable[[str], None]) -> bench.Result:
         ]
         measured = bench.measure(cases, spec.rounds, say)
         say(f"memory over {spec.growth} times the rows")
-        memory = _memory(corpus, stream.corpus([bench_rows.repeated(made, spec.growth)]), mixed)
+        memory = _memory(corpus, corpora.corpus([bench_rows.repeated(made, spec.growth)]), mixed)
     return bench.Result(
         "stream",
         "cranium bench stream",
@@ -106,7 +106,7 @@ def _notes(measured: Mapping[str, bench.Measured], memory: Mapping[str, float], 
     ]
 
 
-def _memory(small: stream.Corpus, large: stream.Corpus, order: plan.Order) -> dict[str, float]:
+def _memory(small: corpora.Corpus, large: corpora.Corpus, order: plan.Order) -> dict[str, float]:
     """Peak private memory (MB) of all processes over one epoch of each, the small one first."""
     found = {}
     for name, corpus in (("small", small), ("large", large)):
@@ -119,7 +119,7 @@ def _memory(small: stream.Corpus, large: stream.Corpus, order: plan.Order) -> di
 # ---- cases ----------------------------------------------------------------------------------------------------------
 
 
-def _streamed(corpus: stream.Corpus, order: plan.Order) -> dict[str, float]:
+def _streamed(corpus: corpora.Corpus, order: plan.Order) -> dict[str, float]:
     """One epoch for one worker: CRC of every row, order and exact counts included."""
     started, own = time.perf_counter(), time.process_time()
     first, rows = 0.0, 0

@@ -17,7 +17,7 @@ from ray.cluster_utils import Cluster
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import ray
-from cranium import stream
+from cranium import corpora, stream
 from cranium.config import Stream
 from cranium.store import Artefact
 from cranium.volume import visit
@@ -38,7 +38,7 @@ def noted(items: pa.Table, log: Path) -> list[pa.Table]:
 def consume(folder: str, log: str, rank: int) -> dict[str, Any]:
     """One worker of a job: all its batches, and the node it ran on."""
     stream.read = partial(_each, log=Path(log))  # type: ignore[assignment]
-    corpus = stream.corpus([Artefact(Path(folder))])
+    corpus = corpora.corpus([Artefact(Path(folder))])
     order = stream.order(Stream(lanes=4, window=3), 8, seed=3)
     batches = stream.batches(corpus, order, start=0, stop=STEPS, rank=rank, world=WORLD, read_cpus=1.0)
     rows = sum(len(batch.stacks) for batch in batches)

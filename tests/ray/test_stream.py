@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 
-from cranium import stream
+from cranium import corpora, stream
 from cranium.config import Stream, UserError
 from cranium.store import Artefact
 from cranium.volume import plan, shard
@@ -19,11 +19,11 @@ BATCH = 8
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> stream.Corpus:
-    return stream.corpus([shard_set(tmp_path_factory.mktemp("store"))])
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> corpora.Corpus:
+    return corpora.corpus([shard_set(tmp_path_factory.mktemp("store"))])
 
 
-def take(corpus: stream.Corpus, start: int, stop: int, rank: int = 0, world: int = 1) -> list[stream.Batch]:
+def take(corpus: corpora.Corpus, start: int, stop: int, rank: int = 0, world: int = 1) -> list[stream.Batch]:
     order = stream.order(SPEC, BATCH, seed=3)
     return list(stream.batches(corpus, order, start=start, stop=stop, rank=rank, world=world))
 
@@ -99,7 +99,7 @@ def test_a_shard_that_changes_during_the_run_stops_every_worker_that_reads_it(
     ray_cluster, tmp_path: Path, monkeypatch, world
 ):
     made = shard_set(tmp_path, "damaged")
-    found = stream.corpus([made])
+    found = corpora.corpus([made])
     monkeypatch.setattr(stream, "SEGMENT", 8)  # else all of this small set is read before the first batch
     order = stream.order(SPEC, BATCH, seed=3)
     running = [stream.batches(found, order, start=0, stop=200, rank=r, world=world) for r in range(world)]
@@ -113,9 +113,9 @@ def test_a_shard_that_changes_during_the_run_stops_every_worker_that_reads_it(
 
 def test_a_missing_shard_is_named_and_a_stray_one_is_not_read(ray_cluster, tmp_path: Path):
     made = shard_set(tmp_path)
-    found, shards = stream.corpus([made]), made.path / "shards"
+    found, shards = corpora.corpus([made]), made.path / "shards"
     (shards / "9.parquet").write_bytes((shards / "0.parquet").read_bytes())
-    assert stream.corpus([made]).sessions == found.sessions
+    assert corpora.corpus([made]).sessions == found.sessions
     (shards / "1.parquet").unlink()
     with pytest.raises(UserError, match=r"1\.parquet is missing") as caught:
         take(found, 0, 30)
@@ -130,7 +130,7 @@ def test_a_row_group_of_another_length_is_refused(ray_cluster, tmp_path: Path):
     with pytest.raises(
         UserError, match=r"1\.parquet, row group 0: 19 rows read, the manifest says 20"
     ) as caught:
-        take(stream.corpus([made]), 0, 30)
+        take(corpora.corpus([made]), 0, 30)
     assert caught.value.code == "SHARD_ROWS"
 
 
@@ -140,7 +140,7 @@ def test_a_row_group_of_another_length_is_refused(ray_cluster, tmp_path: Path):
 def test_shard_sets_of_another_form_are_refused(tmp_path: Path):
     small, large = shard_set(tmp_path, "small"), shard_set(tmp_path, "large", size=42)
     with pytest.raises(UserError, match="shape"):
-        stream.corpus([small, large])
+        corpora.corpus([small, large])
 
 
 def test_rows_the_manifest_does_not_count_are_refused(tmp_path: Path):
@@ -148,22 +148,22 @@ def test_rows_the_manifest_does_not_count_are_refused(tmp_path: Path):
     text = (made.path / "manifest.json").read_text().replace('"stacks": 240', '"stacks": 241')
     (made.path / "manifest.json").write_text(text)
     with pytest.raises(UserError, match="241"):
-        stream.corpus([Artefact(made.path)])
+        corpora.corpus([Artefact(made.path)])
 
 
 def test_filters_are_config_keys(tmp_path: Path):
     sets = [shard_set(tmp_path, "a"), shard_set(tmp_path, "b")]
-    every = stream.corpus(sets)
+    every = corpora.corpus(sets)
     assert len(every.sessions) == 24
-    with_t2 = stream.corpus(sets, Stream(contrasts=("T2w",)))
+    with_t2 = corpora.corpus(sets, Stream(contrasts=("T2w",)))
     assert [s.subject for s in with_t2.sessions if s.cohort == "a"] == [
         f"{n:03d}" for n in range(12) if n % 3
     ]
-    split = stream.corpus(sets, Stream(cohorts=("b",), subjects={"b": ("001", "002")}))
+    split = corpora.corpus(sets, Stream(cohorts=("b",), subjects={"b": ("001", "002")}))
     assert [s.key for s in split.sessions] == ["b/001/", "b/002/"]
     for wrong in (Stream(cohorts=("c",)), Stream(contrasts=("PDw",)), Stream(subjects={"a": ("x",)})):
         with pytest.raises(UserError) as caught:
-            stream.corpus(sets, wrong)
+            corpora.corpus(sets, wrong)
         assert caught.value.code == "FILTER"
     with pytest.raises(ValueError, match="not both"):
         Stream(weights={"a": 1.0}, temperature=2.0)
@@ -175,11 +175,11 @@ def test_labels_are_joined_by_session(tmp_path: Path):
     table = pd.read_parquet(path)
     table["diagnosis"] = [f"d{subject}" for subject in table["subject"]]
     table.sample(frac=1, random_state=0).to_parquet(path)
-    corpus = stream.corpus(sets)
-    found = stream.labels(corpus, "diagnosis")
+    corpus = corpora.corpus(sets)
+    found = corpora.labels(corpus, "diagnosis")
     assert found.tolist() == [f"d{s.subject}" if s.cohort == "a" else None for s in corpus.sessions]
     with pytest.raises(UserError, match="nothing"):
-        stream.labels(corpus, "nothing")
+        corpora.labels(corpus, "nothing")
 
 
 def test_the_order_of_a_config_is_the_order_of_the_plan():

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cranium.volume import plan
+from cranium.volume import plan, window
 from cranium.volume.plan import Order, RowGroup, Session
 
 
@@ -36,7 +36,7 @@ def rows_of(sessions: list[Session], order: Order, number: int = 0) -> list[list
     lanes = []
     for index, lane in enumerate(epoch.lanes):
         steps = []
-        for step in plan.lane_steps(sessions, lane, order, number, index):
+        for step in window.lane_steps(sessions, lane, order, number, index):
             found = []
             for visit, row in zip(step.visits, step.rows, strict=True):
                 session = sessions[lane.session[visit]]
@@ -179,7 +179,7 @@ def test_rows_come_only_from_open_visits_and_the_window_is_bounded():
     epoch = plan.epoch(sessions, ORDER, 0)
     for number, lane in enumerate(epoch.lanes):
         is_open: set[int] = set()
-        for step in plan.lane_steps(sessions, lane, ORDER, 0, number):
+        for step in window.lane_steps(sessions, lane, ORDER, 0, number):
             is_open |= set(step.opened)
             assert set(step.visits) <= is_open
             assert len(is_open) <= ORDER.window + 2  # two more where sessions are nearly spent
@@ -191,7 +191,8 @@ def test_the_first_step_waits_for_few_reads():
     sessions = corpus({"a": [64] * 100})
     order = Order(lanes=1, rows_per_lane=8, window=32)
     opened = [
-        len(s.opened) for s in plan.lane_steps(sessions, plan.epoch(sessions, order, 0).lanes[0], order, 0, 0)
+        len(s.opened)
+        for s in window.lane_steps(sessions, plan.epoch(sessions, order, 0).lanes[0], order, 0, 0)
     ]
     assert opened[0] == 4 and max(opened[1:40]) == 1 and sum(opened[:29]) == 32
 
@@ -241,10 +242,10 @@ def test_the_plan_of_a_corpus_ten_times_larger_stays_small():
     def size(sessions: int) -> tuple[int, int]:
         made = corpus({"a": [140] * sessions})
         epoch = plan.epoch(made, ORDER, 0)
-        window = plan._Window(made, epoch.lanes[0], ORDER, np.random.default_rng(0))
+        opened = window._Window(made, epoch.lanes[0], ORDER, np.random.default_rng(0))
         for _ in range(20):
-            window.step()
-        held = sum(len(left) for left in window.left.values())
+            opened.step()
+        held = sum(len(left) for left in opened.left.values())
         return sum(c.nbytes for lane in epoch.lanes for c in (lane.session, lane.group, lane.take)), held
 
     (small, held), (large, held_of_large) = size(400), size(4000)
