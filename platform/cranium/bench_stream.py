@@ -60,7 +60,7 @@ def run(spec: Spec, say: Callable[[str], None]) -> bench.Result:
         ]
         measured = bench.measure(cases, spec.rounds, say)
         say(f"memory over {spec.growth} times the rows")
-        memory = _memory(corpus, corpora.corpus([bench_rows.repeated(made, spec.growth)]), mixed)
+        memory = _memory(corpus, corpora.corpus([bench_rows.repeated(made, spec.growth)]), mixed, spec.growth)
     return bench.Result(
         "stream",
         "cranium bench stream",
@@ -106,12 +106,15 @@ def _notes(measured: Mapping[str, bench.Measured], memory: Mapping[str, float], 
     ]
 
 
-def _memory(small: corpora.Corpus, large: corpora.Corpus, order: plan.Order) -> dict[str, float]:
-    """Peak private memory (MB) of all processes over one epoch of each, the small one first."""
+def _memory(small: corpora.Corpus, large: corpora.Corpus, order: plan.Order, growth: int) -> dict[str, float]:
+    """Peak private memory (MB) of all processes while the same number of rows is streamed: epochs of the small corpus,
+    then one of the large.
+    """
+    _streamed(small, order, growth)  # what processes keep for themselves, they have by then
     found = {}
-    for name, corpus in (("small", small), ("large", large)):
+    for name, corpus, epochs in (("small", small, growth), ("large", large, 1)):
         with bench.peak_memory() as peak:
-            _streamed(corpus, order)
+            _streamed(corpus, order, epochs)
         found[name] = peak["peak_mb"]
     return found
 
@@ -119,11 +122,12 @@ def _memory(small: corpora.Corpus, large: corpora.Corpus, order: plan.Order) -> 
 # ---- cases ----------------------------------------------------------------------------------------------------------
 
 
-def _streamed(corpus: corpora.Corpus, order: plan.Order) -> dict[str, float]:
-    """One epoch for one worker: CRC of every row, order and exact counts included."""
+def _streamed(corpus: corpora.Corpus, order: plan.Order, epochs: int = 1) -> dict[str, float]:
+    """Whole epochs for one worker: CRC of every row, order and exact counts included."""
     started, own = time.perf_counter(), time.process_time()
     first, rows = 0.0, 0
-    for batch in stream.batches(corpus, order, start=0, stop=plan.steps(corpus.sessions, order, 0)):
+    steps = epochs * plan.steps(corpus.sessions, order, 0)
+    for batch in stream.batches(corpus, order, start=0, stop=steps):
         first = first or time.perf_counter() - started
         rows += len(batch.stacks)
     return {"first_batch_s": first, "consumer_cpu_s_per_1000": 1000 * (time.process_time() - own) / rows}
