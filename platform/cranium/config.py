@@ -164,10 +164,27 @@ class Stream(Frozen):
     """The order rows are read in (`volume/plan.py`)."""
 
     lanes: int = Field(8, ge=1)  # the world size must divide it
-    window_sessions: int = Field(8, ge=1)  # sessions a lane mixes at a time
+    window: int = Field(8, ge=1)  # row groups a lane mixes at a time; more where a batch needs more sessions
     max_rows_per_session: int = Field(2, ge=1)  # in one global batch
     min_slice_gap: int = Field(1, ge=1)  # between rows of one session in one batch
     weights: dict[str, float] = {}  # cohort -> share of rows; default: by size
+    temperature: float | None = Field(None, ge=1)  # shares proportional to size^(1/temperature); 1: by size
+    cohorts: tuple[str, ...] = ()  # only these of the cohorts that are trained on
+    contrasts: tuple[Contrast, ...] = ()  # only sessions that have all of these
+    subjects: dict[str, tuple[str, ...]] = {}  # cohort -> the subjects of a split; cohorts not named: all
+    fill: Literal["zero", "replicate"] = (
+        "zero"  # absent contrasts: zero and marked, or a copy of a present one
+    )
+
+    @model_validator(mode="after")
+    def _one_rule(self) -> Self:
+        if self.weights and self.temperature is not None:
+            raise ValueError("give cohorts weights or a temperature, not both")
+        if any(weight < 0 for weight in self.weights.values()) or (
+            self.weights and not any(self.weights.values())
+        ):
+            raise ValueError("weights are shares: none below 0, and one above")
+        return self
 
 
 class Crops(Frozen):
@@ -251,6 +268,7 @@ class PretrainCompute(Compute):
     log_every: int = Field(10, ge=1)
     max_failures: int = Field(2, ge=0)
     prefetch_batches: int = Field(2, ge=1)
+    read_cpus: float = Field(1.0, ge=0)  # of a worker's node, held by the tasks that read for it
     monitor: Monitor | None = None  # it only looks: what comes out of the training does not depend on it
 
 

@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from cranium import checkpoint, monitor, store, stream, track, training
+from cranium import checkpoint, corpora, monitor, store, track, training
 from cranium.config import PRETRAINED_HERE, Experiment, Machine, Pretrain, UserError, canonical
 from cranium.dinov2 import health
 from cranium.store import Artefact
@@ -66,7 +66,7 @@ def pretrain(
     if made.done:
         return made
     started = time.monotonic()
-    corpus = stream.corpus(shard_sets)
+    corpus = corpora.corpus(shard_sets, exp.stream)
     if PRETRAINED_HERE[init] != "random":  # asked here once, not by every worker and attempt
         checkpoint.locate(PRETRAINED_HERE[init], exp.arch, machine.weights)
     spec = {

@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from cranium import checkpoint, monitor, stream, track
+from cranium import checkpoint, corpora, monitor, stream, track
 from cranium.config import Crops, Experiment, Loss, Optimiser, Pretrain, UserError, fingerprint
 from cranium.dinov2 import health, schedules
 from cranium.dinov2.crops import CropSpec
@@ -43,7 +43,7 @@ def train_worker(payload: dict[str, Any]) -> dict[str, Any]:
     rank, world = context.get_world_rank(), context.get_world_size()
     torch.set_num_threads(spec.compute.threads or max(1, int(spec.compute.cpus_per_worker)))
     device = ray.train.torch.get_device()
-    corpus = stream.corpus([Artefact(Path(folder)) for folder in payload["shard_sets"]])
+    corpus = corpora.corpus([Artefact(Path(folder)) for folder in payload["shard_sets"]], exp.stream)
     method, source = _build(spec, payload, corpus, device)
     optimiser = torch.optim.AdamW(
         parameter_groups(
@@ -70,6 +70,8 @@ def train_worker(payload: dict[str, Any]) -> dict[str, Any]:
         rank=rank,
         world=world,
         prefetch=spec.compute.prefetch_batches,
+        read_cpus=spec.compute.read_cpus,
+        fill=exp.stream.fill,
     )
     journal = (
         track.Journal(Path(payload["folder"]) / JOURNAL, uuid.uuid4().hex[:8], start) if rank == 0 else None
@@ -110,7 +112,7 @@ def _look(spec: Pretrain, method: DINOv2, run: Run, done: int) -> None:
 
 
 def _build(
-    spec: Pretrain, payload: dict[str, Any], corpus: stream.Corpus, device: torch.device
+    spec: Pretrain, payload: dict[str, Any], corpus: corpora.Corpus, device: torch.device
 ) -> tuple[DINOv2, checkpoint.Source]:
     backbone, source = checkpoint.load_backbone(
         payload["start"],

@@ -36,7 +36,7 @@ EXPERIMENT = {
         "slice_spacing_mm": 8.0,
         "align": "none",
     },
-    "stream": {"lanes": 4, "window_sessions": 3},
+    "stream": {"lanes": 4, "window": 3},
     "pretrain": {
         "cohorts": ["ssl"],
         "inits": ["scratch"],
