@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -34,7 +35,7 @@ def test_random_is_a_function_of_its_seed_and_disturbs_nobody():
 
 def test_what_is_exported_loads_as_it_was(tmp_path: Path):
     made, _ = checkpoint.load_backbone("random", **TINY, seed=3)
-    checkpoint.save_backbone(tmp_path, made, {"channels": ["T1w"], "preprocessing_hash": "ab"})
+    checkpoint.export(tmp_path, made, {"channels": ["T1w"], "preprocessing_hash": "ab"})
     loaded, source = checkpoint.load_backbone("scratch", **TINY, pretrained=Artefact(tmp_path))
     assert same(made, loaded)
     assert source.sha256 and source.init == "scratch"
@@ -150,7 +151,7 @@ def _finished(folder: Path, name: str, seed: int, **card: object) -> Artefact:
     made, _ = checkpoint.load_backbone("random", **TINY, seed=seed)
     path = folder / "pretrain" / name
     path.mkdir(parents=True)
-    checkpoint.save_backbone(path, made, {"channels": ["T1w"], "preprocessing_hash": "ab", **card})
+    checkpoint.export(path, made, {"channels": ["T1w"], "preprocessing_hash": "ab", **card})
     store.commit(path, {"stage": "pretrain", "start": {"licence": "Apache-2.0"}})
     return Artefact(path)
 
@@ -175,7 +176,7 @@ def test_a_run_is_found_by_its_names_and_brings_its_own_architecture_and_rule(tm
 
 def test_a_run_without_a_rule_keeps_the_only_one_there_was(tmp_path: Path):
     made, _ = checkpoint.load_backbone("random", **TINY, seed=3)
-    checkpoint.save_backbone(tmp_path, made, {"channels": ["T1w"]})
+    checkpoint.export(tmp_path, made, {"channels": ["T1w"]})
     card = checkpoint.read_card(tmp_path)
     assert card.pop("position") == "timm"
     save_file(made.state_dict(), tmp_path / checkpoint.BACKBONE, {"cranium": json.dumps(card)})
@@ -268,3 +269,41 @@ def test_released_dinov2_loads_whole(test_data: Path):
     assert (
         30 < float(tokens.patches.norm(dim=-1).mean()) < 60
     )  # as DINOv2's; a random ViT-S gives its norm's sqrt(384)
+
+
+def test_the_load_report_stands_in_mlflow(tmp_path: Path, mlflow_db: str):
+    """Every field of `Source`, as tags of the pretraining's run."""
+    from rich.console import Console
+
+    from cranium import config, flow, track
+
+    exp = config.load_experiment(Path(__file__).parents[1] / "experiments/demo.yaml")
+    made = _finished(tmp_path, "scratch-vit_tiny_patch14-ab12cd34", 3)
+    _, source = checkpoint.load_backbone("run:ab12cd34", **TINY, pretrained=made)
+    store.commit(made.path, {"stage": "pretrain", "start": asdict(source), "seconds": 1.0})
+    (made.path / "resolved.yaml").write_text("a: 1")
+    machine = config.Machine(store=tmp_path, tracking_uri=mlflow_db)
+    study = flow.Study(exp, machine, {}, Console(quiet=True))
+    flow._track_pretrain(study, "scratch", made, True)
+    tags = track._client(mlflow_db).get_run(flow.runs(study, made)["run"]).data.tags
+    assert tags["start.sha256"] == source.sha256 and tags["start.position"] == "timm"
+    total = len(checkpoint.load_backbone("random", **TINY)[0].state_dict())
+    assert tags["start.report"] == f"{total} of {total} tensors loaded (cranium names)"
+    assert checkpoint.find_run(tmp_path, f"run:{flow.runs(study, made)['run']}") == made
+
+
+def test_a_run_that_saw_undeclared_cohorts_is_refused(tmp_path: Path):
+    from rich.console import Console
+
+    from cranium import config, flow
+
+    exp = config.load_experiment(Path(__file__).parents[1] / "experiments/demo.yaml")
+    made = _finished(tmp_path, "scratch-vit_tiny_patch14-ab12cd34", 3)
+    study = flow.Study(exp, config.Machine(store=tmp_path), {}, Console(quiet=True))
+    store.commit(made.path, {"stage": "pretrain", "cohorts": ["demo_ssl"]})
+    assert flow._weights(study, "run:ab12cd34", {}) == made
+    store.commit(made.path, {"stage": "pretrain", "cohorts": ["demo_ssl", "adni"]})
+    with pytest.raises(UserError, match="adni") as refused:
+        flow._weights(study, "run:ab12cd34", {})
+    assert refused.value.code == "LEAKAGE"
+    assert flow._weights(study, "dinov2", {}) is None

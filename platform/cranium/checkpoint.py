@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +29,6 @@ TRAINING = "training.pt"
 COMPLETE = "complete.json"  # beside it, written last
 MAX_HEADER = 4 << 20  # bytes of a safetensors header; that of ViT-g is 0.1 MB
 IN_A_FOLDER = ("model.safetensors", "pytorch_model.bin")  # what transformers' save_pretrained leaves
-RUN = re.compile(r"^run:[A-Za-z0-9][A-Za-z0-9._@-]*$")
 IMAGENET = {  # DINOv2's architectures -> supervised ImageNet-21k weights, which timm has at patch 16 only
     f"vit_{size}_patch14_{kind}": f"vit_{size}_patch16_224"
     for size in ("small", "base", "large")
@@ -308,13 +306,14 @@ def _unwrapped(content: Any) -> dict[str, Tensor]:
 # ---- keeping them ---------------------------------------------------------------------------------------------------
 
 
-def save_backbone(folder: Path, backbone: vit.Backbone, card: Mapping[str, Any]) -> None:
+def export(folder: Path, backbone: vit.Backbone, card: Mapping[str, Any]) -> None:
     """Write `backbone.safetensors`: every tensor fp32, and how they were made as metadata."""
     state = {
         name: tensor.detach().cpu().float().contiguous() for name, tensor in backbone.state_dict().items()
     }
-    made = {"arch": backbone.arch, "in_channels": backbone.in_channels, "position": backbone.position}
-    metadata = {"cranium": json.dumps({**made, **card})}
+    form = {"arch": backbone.arch, "in_channels": backbone.in_channels, "dim": backbone.embed_dim}
+    form["position"] = backbone.position
+    metadata = {"cranium": json.dumps({**form, **card})}
     temporary = folder / f".{BACKBONE}.part"
     save_file(state, temporary, metadata)
     temporary.rename(folder / BACKBONE)

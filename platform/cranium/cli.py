@@ -454,6 +454,47 @@ def verify(file: Yaml, settings: Settings = None, json: Json = False, debug: Deb
 
 
 @app.command()
+def export(
+    what: Annotated[str, typer.Argument(metavar="FILE.yaml|run:ID", help="the experiment, or a run")],
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[key=value]...", help="init= out= name= size= licence= store= ..."),
+    ] = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """A pretrained backbone as plain timm loads it."""
+
+    def work() -> Outcome:
+        from cranium import export as stage
+
+        own = [s for s in settings or () if s.partition("=")[0] in stage.Spec.model_fields]
+        rest = [s for s in settings or () if s not in own]
+        spec = config.validated(stage.Spec, config.nested(own), "export")
+        if what.startswith("run:"):
+            from cranium import checkpoint
+
+            if others := [s for s in rest if not config.is_machine_key(s)]:
+                raise UserError("USAGE", f"{', '.join(others)}: a run has its settings already")
+            machine = config.load_machine(rest)
+            made = checkpoint.find_run(machine.store, what, machine.tracking)
+        else:
+            from rich.console import Console
+
+            from cranium import flow
+
+            target = read_target(Path(what), rest)
+            study = flow.Study(target.exp, target.machine, target.cards, Console(stderr=True))
+            made = flow.pretrained(study, spec.init)
+        exported = stage.export(made, spec)
+        print(f"{exported.weights}  SHA-256 {exported.sha256}\n{exported.card}  how to use it")
+        facts = {"weights": str(exported.weights), "card": str(exported.card), "sha256": exported.sha256}
+        return Outcome(0, facts)
+
+    _finish("export", work, json, debug)
+
+
+@app.command()
 def bench(
     what: Annotated[str, typer.Argument(metavar="stream|ingest", help="which stage")],
     settings: Annotated[

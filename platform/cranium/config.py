@@ -27,6 +27,7 @@ PRETRAINED_HERE: Mapping[str, str] = {
     "scratch": "random",
     "brainfound": "dinov2",
 }  # init -> what its pretraining starts from
+RUN = r"run:[A-Za-z0-9][A-Za-z0-9._@-]*"  # an artefact's name or hex, an MLflow run id, or <model>@<alias>
 MAX_YAML_BYTES = 1 << 20
 NAME = r"^[a-z][a-z0-9_]*$"
 
@@ -228,6 +229,9 @@ Arch = Literal[
     "vit_small_patch14_dinov2",
     "vit_base_patch14_dinov2",
     "vit_large_patch14_dinov2",
+    "vit_small_patch14_reg4_dinov2",
+    "vit_base_patch14_reg4_dinov2",
+    "vit_large_patch14_reg4_dinov2",
 ]
 
 
@@ -340,7 +344,7 @@ class Sweep(Frozen):
     @classmethod
     def _known(cls, inits: tuple[str, ...]) -> tuple[str, ...]:
         for init in inits:
-            if init not in INITS and not init.startswith("run:"):
+            if init not in INITS and not re.fullmatch(RUN, init):
                 raise ValueError(f"unknown init {init!r}; expected one of {', '.join(INITS)} or run:<id>")
         return inits
 
