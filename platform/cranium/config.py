@@ -197,6 +197,9 @@ class Loss(Frozen):
     head_hidden: int = 2048
     head_bottleneck: int = 256
     shared_head: bool = True
+    unit_prototypes: bool = (
+        True  # false: their norms learn, as in the official code; less stable on small batches
+    )
     ibot_weight: float = Field(1.0, ge=0)
     koleo_weight: float = Field(0.1, ge=0)
     centering: Literal["sinkhorn", "moving"] = "sinkhorn"
