@@ -392,6 +392,8 @@ class Experiment(Frozen):
         named = set(self.ingest.cohorts)
         wanted: dict[str, Iterable[str]] = {}
         if self.pretrain:
+            if not self.ingest.min_brain:
+                raise ValueError("pretraining wants ingest.min_brain above 0, or blank slices would be fed")
             wanted["pretrain.cohorts"] = self.pretrain.cohorts
             if self.stream.lanes % self.pretrain.compute.num_workers:
                 raise ValueError("stream.lanes must be a multiple of pretrain.compute.num_workers")

@@ -187,7 +187,7 @@ def test_local_views_hold_brain() -> None:
     foreground[:, 8:24, 50:70] = True
     boxes = torch.from_numpy(crops.sample(np.arange(50), 0, 0, CropSpec(), size=SIZE).local_views.boxes)
     pixel = torch.rand(8, 50, dtype=torch.float64)
-    chosen = crops.choose_boxes(foreground, boxes, pixel, 0.3007)
+    chosen = crops.choose_boxes(crops.survey(foreground), boxes, pixel, 0.3007)
     fallbacks = 0
     for view in range(8):
         for row in range(50):
@@ -221,7 +221,7 @@ def test_near_empty_slices_give_the_declared_share_where_it_can_be_had_and_never
     rows = np.arange(len(foreground))
     boxes = torch.from_numpy(crops.sample(rows, 0, 0, CropSpec()).local_views.boxes)
     pixel = torch.rand(8, len(rows), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    chosen = crops.choose_boxes(foreground, boxes, pixel, 0.3)
+    chosen = crops.choose_boxes(crops.survey(foreground), boxes, pixel, 0.3)
     shares = np.array([[_shares(foreground[r], chosen[v, r][None])[0] for r in rows] for v in range(8)])
     assert shares.min() > 0
     assert shares[:, : 20 * 5].min() >= 0.3  # thinner than the smallest box: the last two can't

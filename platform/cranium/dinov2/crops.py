@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -114,7 +114,7 @@ def apply(stacks: Tensor, present: Tensor, params: CropParams, spec: CropSpec) -
     present = present.to(stacks.device)
     with torch.no_grad(), torch.autocast(stacks.device.type, enabled=False):
         pixels = stacks.float().mul_(present[:, :, None, None, None].float() / 255)
-        foreground = (pixels > 0).flatten(1, 2).any(dim=1)
+        foreground = survey((pixels > 0).flatten(1, 2).any(dim=1))
         return (
             _views(
                 pixels, present, foreground, params.global_views, spec, spec.global_size, _GLOBAL_FOREGROUND
@@ -159,7 +159,7 @@ def _boxes(u: Array, scale: tuple[float, float], aspect: tuple[float, float], si
 def _views(
     pixels: Tensor,
     present: Tensor,
-    foreground: Tensor,
+    foreground: Foreground,
     params: ViewParams,
     spec: CropSpec,
     size: int,
@@ -199,32 +199,47 @@ def keep_contrasts(present: Tensor, drop: Tensor, probability: float) -> Tensor:
     return present & ((drop >= probability) | luckiest)
 
 
-def choose_boxes(foreground: Tensor, boxes: Tensor, pixel: Tensor, min_foreground: float) -> Tensor:
-    """The first of the candidates [V, B, A, 4] that holds enough foreground [B, H, W]: [V, B, 4].
+class Foreground(NamedTuple):
+    """Where there is something to see in B slices, in the forms that answer quickly."""
+
+    table: Tensor
+    """[B, H + 1, W + 1] int32: pixels above and left of a corner (a summed-area table)."""
+    running: Tensor
+    """[B, H * W] int32: pixels up to and with this one."""
+
+
+def survey(foreground: Tensor) -> Foreground:
+    """Of `foreground` [B, H, W] bool."""
+    table = foreground.int().cumsum(1, dtype=torch.int32).cumsum(2, dtype=torch.int32)
+    running = foreground.flatten(1).int().cumsum(1, dtype=torch.int32)
+    return Foreground(torch.nn.functional.pad(table, (1, 0, 1, 0)), running)
+
+
+def choose_boxes(foreground: Foreground, boxes: Tensor, pixel: Tensor, min_foreground: float) -> Tensor:
+    """The first of the candidates [V, B, A, 4] that holds enough foreground: [V, B, 4].
 
     With none, boxes around a foreground pixel picked by `pixel` [V, B], moved inside the slice: of the last
     candidate's size, then ever smaller, until one holds enough; if even the smallest does not, the one that holds
     the largest share. So no box is blank, unless the slice is.
     """
-    tries = torch.cat(
-        [boxes, _around(_pick(foreground, pixel), boxes[:, :, -1], foreground.shape[1:])], dim=2
-    )
-    share = _foreground_share(foreground, tries)
+    height, width = foreground.table.shape[1] - 1, foreground.table.shape[2] - 1
+    place = _pick(foreground.running, pixel)
+    tries = torch.cat([boxes, _around(place, boxes[:, :, -1], (height, width))], dim=2)
+    share = _share(foreground.table, tries)
     good = share >= min_foreground
     best = torch.where(good.any(dim=-1), good.int().argmax(dim=-1), share.argmax(dim=-1))
     return tries.gather(2, best[..., None, None].expand(-1, -1, 1, 4))[:, :, 0]
 
 
-def _pick(foreground: Tensor, pixel: Tensor) -> Tensor:
-    """Flat index [V, B] of a foreground pixel of [B, H, W], even over them; anything on an empty slice."""
-    running = foreground.flatten(1).int().cumsum(1, dtype=torch.int32)
+def _pick(running: Tensor, pixel: Tensor) -> Tensor:
+    """Flat index [V, B] of a foreground pixel, even over them; anything on an empty slice."""
     count = running[:, -1]
     rank = (pixel * count).int().clamp(max=(count - 1).clamp(min=0)) + 1
     place = torch.searchsorted(running, rank.T.contiguous()).T
     return place.clamp(max=running.shape[1] - 1)
 
 
-def _around(place: Tensor, box: Tensor, size: torch.Size) -> Tensor:
+def _around(place: Tensor, box: Tensor, size: tuple[int, int]) -> Tensor:
     """Ever smaller boxes [V, B, n, 4] of the shape of `box` [V, B, 4], about the pixel `place` [V, B]."""
     sides = box[..., None, 2:] * torch.from_numpy(_SHRINKS).to(box.device)[:, None]
     sides = torch.minimum(sides.round().long().clamp(min=_SMALLEST), box[..., None, 2:])
@@ -234,12 +249,10 @@ def _around(place: Tensor, box: Tensor, size: torch.Size) -> Tensor:
     return torch.cat([corners, sides], dim=-1)
 
 
-def _foreground_share(foreground: Tensor, boxes: Tensor) -> Tensor:
-    """Share [V, B, A] of foreground [B, H, W] in boxes [V, B, A, 4], by a summed-area table."""
-    table = foreground.int().cumsum(1, dtype=torch.int32).cumsum(2, dtype=torch.int32)
-    table = torch.nn.functional.pad(table, (1, 0, 1, 0))
+def _share(table: Tensor, boxes: Tensor) -> Tensor:
+    """Share [V, B, A] of foreground in boxes [V, B, A, 4]."""
     top, left, tall, wide = boxes.unbind(-1)
-    row = torch.arange(len(foreground), device=boxes.device)[None, :, None].expand_as(top)
+    row = torch.arange(len(table), device=boxes.device)[None, :, None].expand_as(top)
     inside = table[row, top + tall, left + wide] - table[row, top, left + wide]
     inside = inside - table[row, top + tall, left] + table[row, top, left]
     return inside / (tall * wide)
