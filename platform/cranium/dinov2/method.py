@@ -261,6 +261,16 @@ class DINOv2:
             centre.centre = state[f"centre.{name}"].to(centre.centre.device, copy=True)
 
 
+def clip_gradients(student: Student, limit: float) -> Tensor:
+    """Scale down the gradients of each module (backbone, DINO head, iBOT head) to a norm of `limit` at most.
+
+    Apart, as in the official code: a head's burst leaves the backbone's step alone. Returns the backbone's norm before.
+    """
+    modules = [student.backbone, student.dino_head, *([student.ibot_head] if student.ibot_head else [])]
+    norms = [nn.utils.clip_grad_norm_(module.parameters(), limit) for module in modules]
+    return norms[0]
+
+
 def parameter_groups(
     student: Student, weight_decay: float, layer_decay: float, patch_embed_lr: float
 ) -> list[dict[str, Any]]:
