@@ -268,6 +268,10 @@ class Pretrain(Frozen):
     inits: tuple[Literal["scratch", "brainfound"], ...] = ("brainfound",)
     arch: Arch = "vit_large_patch14_dinov2"
     drop_path: float = Field(0.0, ge=0, lt=1)
+    position: Literal["dinov2", "timm", "transformers"] | None = (
+        None  # how position tables are resampled; None: as
+    )
+    # the architecture's released weights were made (docs/weights.md)
     steps: int = Field(10_000, ge=1)
     batch_size: int = Field(256, ge=1)  # global, over all workers
     # Parts a worker's share of a batch is worked in, their gradients added up. Sinkhorn, the centre and KoLeo then see

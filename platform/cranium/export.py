@@ -116,7 +116,9 @@ def in_timm(backbone: vit.Backbone, size: int) -> tuple[dict[str, Tensor], dict[
 
 
 def _preprocessing(made: Artefact, manifest: dict[str, Any]) -> Any:
-    """How scans became stacks, from a shard set the run was trained on; None when those are gone."""
+    """How scans became stacks: kept with the weights, or else by a shard set the run was trained on."""
+    if kept := checkpoint.read_card(made.path).get("preprocessing"):
+        return kept
     for shard_set in manifest["shard_sets"]:
         found = Artefact(made.path.parents[1] / shard_set)
         if found.done:
