@@ -27,6 +27,7 @@ PRETRAINED_HERE: Mapping[str, str] = {
     "scratch": "random",
     "brainfound": "dinov2",
 }  # init -> what its pretraining starts from
+RUN = r"run:[A-Za-z0-9][A-Za-z0-9._@-]*"  # an artefact's name or hex, an MLflow run id, or <model>@<alias>
 MAX_YAML_BYTES = 1 << 20
 NAME = r"^[a-z][a-z0-9_]*$"
 
@@ -213,6 +214,9 @@ class Loss(Frozen):
     head_hidden: int = 2048
     head_bottleneck: int = 256
     shared_head: bool = True
+    unit_prototypes: bool = (
+        True  # false: their norms learn, as in the official code; less stable on small batches
+    )
     ibot_weight: float = Field(1.0, ge=0)
     koleo_weight: float = Field(0.1, ge=0)
     centering: Literal["sinkhorn", "moving"] = "sinkhorn"
@@ -245,6 +249,9 @@ Arch = Literal[
     "vit_small_patch14_dinov2",
     "vit_base_patch14_dinov2",
     "vit_large_patch14_dinov2",
+    "vit_small_patch14_reg4_dinov2",
+    "vit_base_patch14_reg4_dinov2",
+    "vit_large_patch14_reg4_dinov2",
 ]
 
 
@@ -279,6 +286,10 @@ class Pretrain(Frozen):
     inits: tuple[Literal["scratch", "brainfound"], ...] = ("brainfound",)
     arch: Arch = "vit_large_patch14_dinov2"
     drop_path: float = Field(0.0, ge=0, lt=1)
+    position: Literal["dinov2", "timm", "transformers"] | None = (
+        None  # how position tables are resampled; None: as
+    )
+    # the architecture's released weights were made (docs/weights.md)
     steps: int = Field(10_000, ge=1)
     batch_size: int = Field(256, ge=1)  # global, over all workers
     # Parts a worker's share of a batch is worked in, their gradients added up. Sinkhorn, the centre and KoLeo then see
@@ -358,7 +369,7 @@ class Sweep(Frozen):
     @classmethod
     def _known(cls, inits: tuple[str, ...]) -> tuple[str, ...]:
         for init in inits:
-            if init not in INITS and not init.startswith("run:"):
+            if init not in INITS and not re.fullmatch(RUN, init):
                 raise ValueError(f"unknown init {init!r}; expected one of {', '.join(INITS)} or run:<id>")
         return inits
 
@@ -403,6 +414,8 @@ class Experiment(Frozen):
         named = set(self.ingest.cohorts)
         wanted: dict[str, Iterable[str]] = {}
         if self.pretrain:
+            if not self.ingest.min_brain:
+                raise ValueError("pretraining wants ingest.min_brain above 0, or blank slices would be fed")
             wanted["pretrain.cohorts"] = self.pretrain.cohorts
             if self.stream.lanes % self.pretrain.compute.num_workers:
                 raise ValueError("stream.lanes must be a multiple of pretrain.compute.num_workers")

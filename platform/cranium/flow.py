@@ -283,7 +283,7 @@ def embed(
             continue
         for cohort in (c for c in cohorts if c in sets and init not in study.missing):
             name = f"embed {init} {cohort}"
-            weights = pretrained.get(init)
+            weights = _weights(study, init, pretrained)
             made = stage.artefact(exp, study.machine, init, sets[cohort], weights)
             if made.done:
                 study.skipped(name)
@@ -482,6 +482,35 @@ def _pretrained(study: Study) -> dict[str, Artefact]:
     return made
 
 
+def pretrained(study: Study, init: str | None = None) -> Artefact:
+    """The finished pretraining of the experiment that makes `init`; None: the only one there is."""
+    made = _pretrained(study)
+    if init is None and len(made) == 1:
+        return next(iter(made.values()))
+    if init not in made:
+        raise UserError("USAGE", f"which pretraining? init=... one of {', '.join(made) or 'none'}")
+    return made[init]
+
+
+def _weights(study: Study, init: str, pretrained: Mapping[str, Artefact]) -> Artefact | None:
+    """The pretraining behind an initialisation, if one is; `run:<id>` is looked up in the store.
+
+    What a run saw must be declared, or the leakage gate could not see it: its cohorts must be `pretrain.cohorts`.
+    """
+    if not init.startswith("run:"):
+        return pretrained.get(init)
+    from cranium import checkpoint
+
+    made = checkpoint.find_run(study.machine.store, init, study.machine.tracking)
+    saw, declared = made.manifest()["cohorts"], study.exp.pretrain.cohorts if study.exp.pretrain else ()
+    if unseen := sorted(set(saw) - set(declared)):
+        reason = f"{init} was pretrained on {', '.join(unseen)}, which pretrain.cohorts does not name"
+        raise UserError(
+            "LEAKAGE", f"{reason}; name them (and pretrain.inits=[]), so that leakage can be checked"
+        )
+    return made
+
+
 def _embedded(study: Study, sets: Mapping[str, Artefact]) -> Features:
     from cranium import embed as stage
 
@@ -489,7 +518,8 @@ def _embedded(study: Study, sets: Mapping[str, Artefact]) -> Features:
     assert exp.sweep and exp.adapt
     for init in (i for i in exp.sweep.init if i != "covariates"):
         for cohort in {c for task in exp.adapt.tasks for c in (task.cohort, *task.external)} & set(sets):
-            made = stage.artefact(exp, study.machine, init, sets[cohort], pretrained.get(init))
+            weights = _weights(study, init, pretrained)
+            made = stage.artefact(exp, study.machine, init, sets[cohort], weights)
             if not made.done:
                 raise UserError(
                     "NOT_EMBEDDED", f"{cohort} is not embedded with {init} yet; run `cranium embed` first"
@@ -667,10 +697,16 @@ def _track_pretrain(study: Study, init: str, made: Artefact, fresh: bool) -> Non
         tracker = _tracker(study)
         for folder in JOURNALS:
             tracker.replay(run, made.path / folder)
-        tracker.log(run, {"sys/seconds": made.manifest()["seconds"]})
+        tracker.log(run, {"sys/seconds": made.manifest()["seconds"]}, _start_tags(made))
         tracker.artefact(run, made.path / "resolved.yaml")
         tracker.finish(run)
         store.write_atomic(_mark(study, made), json.dumps({"run": run}))
+
+
+def _start_tags(made: Artefact) -> dict[str, str]:
+    """Where a pretraining's first weights came from and how they fitted, for its run."""
+    start = made.manifest()["start"]
+    return {f"start.{key}": track.plain(start[key]) for key in start if start[key] not in (None, "", [])}
 
 
 def _track_sweep(study: Study, grid: Grid, fresh: bool) -> None:

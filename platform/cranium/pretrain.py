@@ -38,12 +38,13 @@ def artefact(exp: Experiment, machine: Machine, init: str, shard_sets: list[Arte
 
 def _key(exp: Experiment, machine: Machine, init: str, shard_sets: list[Artefact]) -> dict[str, Any]:
     assert exp.pretrain
+    needs_weights = PRETRAINED_HERE[init] != "random"
     return {
         "recipe": RECIPE,
         "pretrain": exp.pretrain.model_copy(update={"inits": ()}),
         "stream": exp.stream,
         "init": init,
-        "start": machine.weights.name if PRETRAINED_HERE[init] != "random" and machine.weights else None,
+        "start": checkpoint.identity(machine.weights) if needs_weights and machine.weights else None,
         "shards": [[s["sha256"] for s in shards.manifest()["shards"]] for shards in shard_sets],
     }
 
@@ -78,6 +79,7 @@ def pretrain(
         "folder": str(made.path),
         "continued": str(_continued(exp, machine)) if exp.pretrain.continue_from else None,
         "preprocessing_hash": shard_sets[0].manifest()["preprocessing_hash"],
+        "preprocessing": shard_sets[0].manifest().get("preprocessing"),
     }
     with store.lock(machine.store, made.id):
         (made.path / STOP).unlink(missing_ok=True)

@@ -24,7 +24,7 @@ from cranium import checkpoint, corpora, monitor, stream, track
 from cranium.config import Crops, Experiment, Loss, Optimiser, Pretrain, UserError, fingerprint
 from cranium.dinov2 import health, schedules
 from cranium.dinov2.crops import CropSpec
-from cranium.dinov2.method import DINOv2, MethodSpec, Student, parameter_groups
+from cranium.dinov2.method import DINOv2, MethodSpec, Student, clip_gradients, parameter_groups
 from cranium.store import Artefact
 
 JOURNAL = "journal"
@@ -79,6 +79,7 @@ def train_worker(payload: dict[str, Any]) -> dict[str, Any]:
     card = {
         "channels": list(corpus.channels),
         "preprocessing_hash": payload["preprocessing_hash"],
+        "preprocessing": payload["preprocessing"],
         "image_size": corpus.shape[-1],
         "config": fingerprint(spec),
     }
@@ -122,6 +123,7 @@ def _build(
         drop_path=spec.drop_path,
         seed=spec.seed,
         weights_file=Path(payload["weights_file"]) if payload["weights_file"] else None,
+        position=spec.position,
     )
     objective = method_spec(spec.crops, spec.loss)
     torch.manual_seed(spec.seed)  # the heads' first weights: the same on every worker
@@ -180,7 +182,7 @@ def _loop(
         schedules.apply(now, optimiser.param_groups)
         optimiser.zero_grad(set_to_none=True)
         terms = _backward(spec, method, batch, now.teacher_temperature, run)
-        norm = _clip(method.plain_student, spec.optimiser.clip)
+        norm = clip_gradients(method.plain_student, spec.optimiser.clip)
         optimiser.step()
         method.update_teacher(now.momentum)
         done = batch.step + 1
@@ -264,13 +266,6 @@ def _require_finite(loss: Tensor, batch: stream.Batch, done: int, spec: Pretrain
             "pretrain.compute.precision=fp32",
             exit_code=1,
         )
-
-
-def _clip(student: Student, limit: float) -> Tensor:
-    """Clip the gradients of each module on its own (backbone, heads); returns the backbone's norm before."""
-    modules = [student.backbone, student.dino_head, *([student.ibot_head] if student.ibot_head else [])]
-    norms = [nn.utils.clip_grad_norm_(module.parameters(), limit) for module in modules]
-    return norms[0]
 
 
 def _identity(x: Tensor) -> Tensor:
