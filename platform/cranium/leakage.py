@@ -27,7 +27,8 @@ OWN = ("subject_id", "key")  # columns of a table of units that are no units
 def gate(exp: Experiment, task: Classification, folds: Folds, shard_sets: ShardSets) -> list[str]:
     """What is shared between sides and accepted by name, in words. Raises `UserError(LEAKAGE)` for all else."""
     assert exp.adapt and exp.sweep
-    pretrained = set(exp.sweep.init) & set(PRETRAINED_HERE) and exp.pretrain
+    made = {init for init in exp.sweep.init if init in PRETRAINED_HERE or init.startswith("run:")}
+    pretrained = made and exp.pretrain
     corpus = exp.pretrain.cohorts if pretrained and exp.pretrain else ()
     cohorts = tuple(dict.fromkeys((task.cohort, *task.external, *corpus)))
     tables = _tables(cohorts, (task.cohort, *task.external), shard_sets)
