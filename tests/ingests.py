@@ -12,7 +12,9 @@ from cranium.cards import Card
 from cranium.config import Ingest, Machine
 from cranium.store import Artefact
 
-SPEC = Ingest(size=56, spacing_mm=4.0, slice_spacing_mm=4.0, shard_mb=1, compute={"num_workers": 2})
+SPEC = Ingest(
+    size=56, spacing_mm=4.0, slice_spacing_mm=4.0, shard_mb=1, align="none", compute={"num_workers": 2}
+)
 CARD = Card.model_validate(phantoms.card())
 
 

@@ -203,7 +203,7 @@ def test_a_cohort_of_dicom_series(tmp_path: Path) -> None:
 def test_a_series_is_read_where_a_file_is(tmp_path: Path) -> None:
     dicoms.series(tmp_path / "scan", "t2")
     wanted = {"T2w": normalise.Wanted("scan"), "FLAIR": normalise.Wanted("scan#0123456789ab")}
-    volumes, scans, rejected = normalise.read_scans(tmp_path, wanted, False)
+    volumes, scans, rejected = normalise.read_scans(tmp_path, wanted, {"otsu": None})
     assert volumes["T2w"].acquisition["te_ms"] == 80.0 and scans["T2w"].brain.any()
     assert rejected["FLAIR"].code == "NOT_DICOM"
 

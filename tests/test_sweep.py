@@ -10,14 +10,32 @@ import pytest
 from cranium import store, sweep
 from cranium.config import Experiment, Machine, UserError
 from cranium.store import Artefact
+from cranium.volume import fingerprint
 
 LABELS = {"condition": {"column": "condition", "classes": {"control": ["control"], "lesion": ["lesion"]}}}
 
 
+def look(seed: int, noise: float = 0.0) -> bytes:
+    """The fingerprint of a head of random bits (one contrast), a share of them changed."""
+    rng = np.random.default_rng(seed)
+    bits = rng.random((fingerprint.FRAMES, fingerprint.CELLS)) < 0.5
+    bits ^= rng.random(bits.shape) < noise
+    planes = np.stack([np.ones_like(bits), bits], axis=1)
+    return np.packbits(planes, axis=2).tobytes()
+
+
 def shard_set(
-    root: Path, cohort: str, heads: list[str], *, overlaps: list[str] = (), tag: str = ""
+    root: Path,
+    cohort: str,
+    heads: list[str],
+    *,
+    overlaps: list[str] = (),
+    tag: str = "",
+    looks: dict[int, bytes] | None = None,
+    overlap_ids: dict[str, dict[str, list[str]]] | None = None,
 ) -> Artefact:
-    """A shard set's manifest and sessions, no pixels: 24 subjects spread over `heads`."""
+    """A shard set's manifest and sessions, no pixels: 24 subjects spread over `heads`, each with a look of its own."""
+    seed = 1000 * sum(map(ord, tag or cohort))
     folder = root / "ingest" / f"{cohort}-0"
     folder.mkdir(parents=True)
     table = pd.DataFrame({"cohort": cohort, "subject": [f"{i:02d}" for i in range(24)], "session": ""})
@@ -26,12 +44,14 @@ def shard_set(
         block=[f"b{i // 2}" for i in range(24)],
         condition=["control", "lesion"] * 12,
         present=7,
+        fingerprint=[(looks or {}).get(i, look(seed + i)) for i in range(24)],
         sources=[json.dumps({"T1w": {"path": "x", "sha256": f"{tag or cohort}{i}"}}) for i in range(24)],
     )
     table.to_parquet(folder / "sessions.parquet")
     card = {"labels": LABELS, "groups": ["head"], "matched": "block", "simulated": True}
     card["overlaps"] = [{"cohort": other} for other in overlaps]
-    store.commit(folder, {"cohort": cohort, "card": card, "channels": ["T1w"]})
+    manifest = {"cohort": cohort, "card": card, "channels": ["T1w"], "overlap_ids": overlap_ids or {}}
+    store.commit(folder, manifest)
     return Artefact(folder)
 
 
@@ -120,6 +140,60 @@ def test_a_declared_overlap_is_refused_from_either_card(tmp_path: Path):
         declared = made | {name: shard_set(tmp_path / f"declared-{name}", name, heads, overlaps=[other])}
         with pytest.raises(UserError, match=r"overlap:ssl\+test"):
             sweep.assign(experiment(), declared)
+
+
+def test_an_overlap_whose_ids_are_known_is_about_those_people_only(tmp_path: Path):
+    made = sets(tmp_path)
+    heads = [f"away{i}" for i in range(12)]
+
+    def declared(name: str, ids: dict[str, list[str]]) -> dict[str, Artefact]:
+        ids_of = {"home": ids}
+        return made | {
+            "away": shard_set(tmp_path / name, "away", heads, overlaps=["home"], overlap_ids=ids_of)
+        }
+
+    assert sweep.assign(experiment(), declared("none", {}))[1] == ()
+    assert sweep.assign(experiment(), declared("others", {"05": ["77"], "xx": ["03"]}))[1] == ()
+    known = declared("known", {"05": ["03", "04"]})
+    with pytest.raises(UserError, match="away/05 = home/03") as refused:
+        sweep.assign(experiment(), known)
+    assert "overlap:external+test" in str(refused.value)
+    both = ["overlap:external+test", "overlap:external+train"]
+    (_, stamps) = sweep.assign(experiment(accept=both), known)
+    assert len(stamps) == 2 and all("away/05 = home/03" in stamp for stamp in stamps)
+
+
+def test_one_head_under_two_names_in_two_collections_is_refused(tmp_path: Path):
+    made = sets(tmp_path)
+    copy = look(424242)
+    own = {name: [f"{name}{i}" for i in range(12)] for name in ("home", "away", "ssl")}
+    made["home"] = shard_set(tmp_path / "a", "home", own["home"], looks={3: copy})
+    made["away"] = shard_set(tmp_path / "b", "away", own["away"], looks={9: look(424242, noise=0.12)})
+    with pytest.raises(UserError, match=r"home/03 ~ away/09 \(0\.\d\d\)") as refused:
+        sweep.assign(experiment(), made)
+    assert "duplicate:external+test" in str(refused.value)
+    both = ["duplicate:external+test", "duplicate:external+train"]
+    (_, stamps) = sweep.assign(experiment(accept=both), made)
+    assert len(stamps) == 2 and all("1 pair of sessions" in stamp for stamp in stamps)
+
+
+def test_a_head_that_looks_the_same_within_a_cohort_may_not_be_split(tmp_path: Path):
+    made = sets(tmp_path)
+    own = [f"home{i}" for i in range(12)]
+    made["home"] = shard_set(tmp_path / "a", "home", own, looks={n: look(7) for n in range(0, 12, 2)})
+    with pytest.raises(UserError, match=r"duplicate:test\+train"):
+        sweep.assign(experiment(), made)
+
+
+def test_what_a_declared_group_ties_is_not_told_a_second_time(tmp_path: Path):
+    made = sets(tmp_path)
+    looks = {0: look(7), 1: look(7)}  # subjects 00 and 01 are of one head, and of one block
+    own = {name: [f"{name}{i}" for i in range(12)] for name in ("home", "ssl")}
+    made["home"] = shard_set(tmp_path / "a", "home", own["home"], looks=looks)
+    assert sweep.assign(experiment(group_by=["head"]), made)[1] == ()
+    made["ssl"] = shard_set(tmp_path / "b", "ssl", ["home0", *own["ssl"]], looks={0: look(7)})
+    (_, stamps) = sweep.assign(experiment(accept=["head:ssl+test"]), made)
+    assert len(stamps) == 1 and "head" in stamps[0]
 
 
 def test_identity_follows_what_shapes_the_result(tmp_path: Path):

@@ -35,7 +35,9 @@ def build(accumulate: int) -> tuple[Pretrain, DINOv2]:
 def batch(rows: slice = slice(0, 8)) -> stream.Batch:
     rng = np.random.default_rng(0)
     stacks = torch.from_numpy(rng.integers(1, 255, (8, 3, 1, 28, 28), dtype=np.uint8))
-    return stream.Batch(0, stacks[rows], torch.ones(8, 3, dtype=torch.bool)[rows], np.arange(8)[rows])
+    return stream.Batch(
+        0, stacks[rows], torch.ones(8, 3, dtype=torch.bool)[rows], np.arange(8)[rows], np.arange(8)[rows]
+    )
 
 
 def gradients(method: DINOv2) -> dict[str, torch.Tensor]:

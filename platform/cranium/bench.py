@@ -220,9 +220,14 @@ def machine() -> dict[str, Any]:
         "cpu": model,
         "cores": os.cpu_count(),
         "memory_gb": round(psutil.virtual_memory().total / 2**30, 1),
-        "load_before": round(os.getloadavg()[0], 2),
+        "load_before": load(),
         "versions": {name: version(name) for name in PACKAGES},
     }
+
+
+def load() -> float:
+    """Processes that want a core, over the last minute."""
+    return round(os.getloadavg()[0], 2)
 
 
 def keep(result: Result, path: Path) -> None:

@@ -27,6 +27,7 @@ from cranium.cards import Card, load_card
 from cranium.config import Experiment, Machine, UserError
 
 if TYPE_CHECKING:
+    from cranium.dinov2.cost import Cost
     from cranium.flow import Study
 
 app = typer.Typer(
@@ -417,19 +418,49 @@ def show(file: Yaml, settings: Settings = None, json: Json = False, debug: Debug
     _finish("show", work, json, debug)
 
 
+def pretraining_cost(exp: Experiment) -> Cost:
+    """Of one initialisation, from shapes alone."""
+    from cranium.dinov2 import cost
+
+    assert exp.pretrain
+    crops, loss, shape = exp.pretrain.crops, exp.pretrain.loss, exp.ingest.preprocessing.shape
+    return cost.of_pretraining(
+        exp.pretrain.arch,
+        images=exp.pretrain.steps * exp.pretrain.batch_size,
+        channels=shape[0] * shape[1],
+        num_global=crops.num_global,
+        global_size=crops.global_size,
+        num_local=crops.num_local,
+        local_size=crops.local_size,
+        prototypes=loss.prototypes,
+        head_hidden=loss.head_hidden,
+        head_bottleneck=loss.head_bottleneck,
+        mask_ratio=loss.mask_ratio,
+        mask_probability=loss.mask_probability if loss.ibot_weight else 0.0,
+    )
+
+
 def _cost(exp: Experiment) -> dict[str, Any]:
+    from cranium.dinov2 import cost as estimate
+
     cost: dict[str, Any] = {"declared cost": exp.cost} if exp.cost else {}
     if exp.pretrain:
         runs = len(exp.pretrain.inits)
         cost["steps"] = runs * exp.pretrain.steps
         cost["stacks seen"] = cost["steps"] * exp.pretrain.batch_size
+        each = pretraining_cost(exp)
+        cost["computed cost"] = str(each)
+        cost["FLOPs"] = f"{runs * each.flops:.2e} ({each.flops_per_image / 1e9:.0f} GFLOPs a stack)"
+        hours = {gpu: estimate.in_short(runs * each.hours(gpu)) for gpu in estimate.PEAK}
+        share = f"{estimate.UTILISATION:.0%} of its peak"
+        cost["GPU-hours"] = f"{', '.join(f'{gpu} {h}' for gpu, h in hours.items())} (computed, at {share})"
     if exp.sweep and exp.adapt:
-        each = (
+        grid = (
             len(exp.adapt.tasks) * len(exp.sweep.init) * len(exp.sweep.label_fractions) * len(exp.sweep.seeds)
         )
         folds = exp.sweep.folds * exp.sweep.group_by.count("subject")
         others = [scheme for scheme in exp.sweep.group_by if scheme != "subject"]
-        cost["cells"] = f"{each * folds}" + "".join(f" + {each} for each {scheme}" for scheme in others)
+        cost["cells"] = f"{grid * folds}" + "".join(f" + {grid} for each {scheme}" for scheme in others)
     return cost
 
 
@@ -468,6 +499,47 @@ def verify(file: Verified, settings: Settings = None, json: Json = False, debug:
         return Outcome(1 if bad else 0, {"sets": list(found), "problems": listed})
 
     _finish("verify", work, json, debug)
+
+
+@app.command()
+def export(
+    what: Annotated[str, typer.Argument(metavar="FILE.yaml|run:ID", help="the experiment, or a run")],
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[key=value]...", help="init= out= name= size= licence= store= ..."),
+    ] = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """A pretrained backbone as plain timm loads it."""
+
+    def work() -> Outcome:
+        from cranium import export as stage
+
+        own = [s for s in settings or () if s.partition("=")[0] in stage.Spec.model_fields]
+        rest = [s for s in settings or () if s not in own]
+        spec = config.validated(stage.Spec, config.nested(own), "export")
+        if what.startswith("run:"):
+            from cranium import checkpoint
+
+            if others := [s for s in rest if not config.is_machine_key(s)]:
+                raise UserError("USAGE", f"{', '.join(others)}: a run has its settings already")
+            machine = config.load_machine(rest)
+            made = checkpoint.find_run(machine.store, what, machine.tracking)
+        else:
+            from rich.console import Console
+
+            from cranium import flow
+
+            target = read_target(Path(what), rest)
+            study = flow.Study(target.exp, target.machine, target.cards, Console(stderr=True))
+            made = flow.pretrained(study, spec.init)
+        exported = stage.export(made, spec)
+        print(f"{exported.weights}  SHA-256 {exported.sha256}\n{exported.card}  how to use it")
+        facts = {"weights": str(exported.weights), "card": str(exported.card), "sha256": exported.sha256}
+        return Outcome(0, facts)
+
+    _finish("export", work, json, debug)
 
 
 @app.command()

@@ -27,6 +27,7 @@ PRETRAINED_HERE: Mapping[str, str] = {
     "scratch": "random",
     "brainfound": "dinov2",
 }  # init -> what its pretraining starts from
+RUN = r"run:[A-Za-z0-9][A-Za-z0-9._@-]*"  # an artefact's name or hex, an MLflow run id, or <model>@<alias>
 MAX_YAML_BYTES = 1 << 20
 NAME = r"^[a-z][a-z0-9_]*$"
 
@@ -164,10 +165,27 @@ class Stream(Frozen):
     """The order rows are read in (`volume/plan.py`)."""
 
     lanes: int = Field(8, ge=1)  # the world size must divide it
-    window_sessions: int = Field(8, ge=1)  # sessions a lane mixes at a time
+    window: int = Field(8, ge=1)  # row groups a lane mixes at a time; more where a batch needs more sessions
     max_rows_per_session: int = Field(2, ge=1)  # in one global batch
     min_slice_gap: int = Field(1, ge=1)  # between rows of one session in one batch
     weights: dict[str, float] = {}  # cohort -> share of rows; default: by size
+    temperature: float | None = Field(None, ge=1)  # shares proportional to size^(1/temperature); 1: by size
+    cohorts: tuple[str, ...] = ()  # only these of the cohorts that are trained on
+    contrasts: tuple[Contrast, ...] = ()  # only sessions that have all of these
+    subjects: dict[str, tuple[str, ...]] = {}  # cohort -> the subjects of a split; cohorts not named: all
+    fill: Literal["zero", "replicate"] = (
+        "zero"  # absent contrasts: zero and marked, or a copy of a present one
+    )
+
+    @model_validator(mode="after")
+    def _one_rule(self) -> Self:
+        if self.weights and self.temperature is not None:
+            raise ValueError("give cohorts weights or a temperature, not both")
+        if any(weight < 0 for weight in self.weights.values()) or (
+            self.weights and not any(self.weights.values())
+        ):
+            raise ValueError("weights are shares: none below 0, and one above")
+        return self
 
 
 class Crops(Frozen):
@@ -196,6 +214,9 @@ class Loss(Frozen):
     head_hidden: int = 2048
     head_bottleneck: int = 256
     shared_head: bool = True
+    unit_prototypes: bool = (
+        True  # false: their norms learn, as in the official code; less stable on small batches
+    )
     ibot_weight: float = Field(1.0, ge=0)
     koleo_weight: float = Field(0.1, ge=0)
     centering: Literal["sinkhorn", "moving"] = "sinkhorn"
@@ -228,6 +249,9 @@ Arch = Literal[
     "vit_small_patch14_dinov2",
     "vit_base_patch14_dinov2",
     "vit_large_patch14_dinov2",
+    "vit_small_patch14_reg4_dinov2",
+    "vit_base_patch14_reg4_dinov2",
+    "vit_large_patch14_reg4_dinov2",
 ]
 
 
@@ -251,6 +275,7 @@ class PretrainCompute(Compute):
     log_every: int = Field(10, ge=1)
     max_failures: int = Field(2, ge=0)
     prefetch_batches: int = Field(2, ge=1)
+    read_cpus: float = Field(1.0, ge=0)  # of a worker's node, held by the tasks that read for it
     monitor: Monitor | None = None  # it only looks: what comes out of the training does not depend on it
 
 
@@ -261,6 +286,10 @@ class Pretrain(Frozen):
     inits: tuple[Literal["scratch", "brainfound"], ...] = ("brainfound",)
     arch: Arch = "vit_large_patch14_dinov2"
     drop_path: float = Field(0.0, ge=0, lt=1)
+    position: Literal["dinov2", "timm", "transformers"] | None = (
+        None  # how position tables are resampled; None: as
+    )
+    # the architecture's released weights were made (docs/weights.md)
     steps: int = Field(10_000, ge=1)
     batch_size: int = Field(256, ge=1)  # global, over all workers
     # Parts a worker's share of a batch is worked in, their gradients added up. Sinkhorn, the centre and KoLeo then see
@@ -340,7 +369,7 @@ class Sweep(Frozen):
     @classmethod
     def _known(cls, inits: tuple[str, ...]) -> tuple[str, ...]:
         for init in inits:
-            if init not in INITS and not init.startswith("run:"):
+            if init not in INITS and not re.fullmatch(RUN, init):
                 raise ValueError(f"unknown init {init!r}; expected one of {', '.join(INITS)} or run:<id>")
         return inits
 
@@ -385,6 +414,8 @@ class Experiment(Frozen):
         named = set(self.ingest.cohorts)
         wanted: dict[str, Iterable[str]] = {}
         if self.pretrain:
+            if not self.ingest.min_brain:
+                raise ValueError("pretraining wants ingest.min_brain above 0, or blank slices would be fed")
             wanted["pretrain.cohorts"] = self.pretrain.cohorts
             if self.stream.lanes % self.pretrain.compute.num_workers:
                 raise ValueError("stream.lanes must be a multiple of pretrain.compute.num_workers")

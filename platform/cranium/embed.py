@@ -23,7 +23,7 @@ from cranium.config import Embed, Experiment, Machine, UserError
 from cranium.store import Artefact
 from cranium.volume import shard
 
-RECIPE = 1
+RECIPE = 2  # 2: position tables are resampled by the rule of the weights, not by timm's
 FEATURES = "features.parquet"
 IDENTITY = ["cohort", "subject", "session", "slice", "present"]
 
@@ -38,12 +38,16 @@ def artefact(
     key = {
         "recipe": RECIPE,
         "embed": exp.embed,
-        "arch": checkpoint.architecture(init, exp.arch),
+        "arch": checkpoint.architecture(init, exp.arch, pretrained),
         "init": init,
-        "weights": pretrained.id if pretrained else (machine.weights.name if machine.weights else None),
+        "weights": pretrained.id if pretrained else _weights(machine),
         "shards": [entry["sha256"] for entry in manifest["shards"]],
     }
     return store.artefact(machine.store, "embed", f"{init.replace(':', '_')}_{manifest['cohort']}", key)
+
+
+def _weights(machine: Machine) -> str | None:
+    return checkpoint.identity(machine.weights) if machine.weights else None
 
 
 def embed(

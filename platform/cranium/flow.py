@@ -29,7 +29,7 @@ from rich.progress import (
 
 from cranium import cluster, store, track, trust
 from cranium.cards import Card
-from cranium.config import Experiment, Machine, UserError, fingerprint, to_yaml
+from cranium.config import Experiment, Machine, UserError, fingerprint, share, to_yaml
 from cranium.store import Artefact
 
 if TYPE_CHECKING:
@@ -152,7 +152,20 @@ def ingest(study: Study) -> dict[str, Artefact]:
         sets[cohort] = made
         study.made[name] = str(made.path)
         _count(study, cohort, made)
+        _quality_page(study, cohort, made)
     return sets
+
+
+def _quality_page(study: Study, cohort: str, made: Artefact) -> None:
+    """The page beside the manifest, made when it is not there or shows an earlier state."""
+    from cranium.figures import cohort as figures
+
+    if not figures.current(made.path):
+        with study.stage(f"quality {cohort}") as tell:
+            figures.write(made.path, share() / "dashboards" / "quality.html.j2", tell)
+    page = made.path / figures.PAGE
+    study.made[f"quality {cohort}"] = str(page)
+    study.console.print(f"  {cohort}: quality page {page}", highlight=False, soft_wrap=True)
 
 
 def _shard_set(study: Study, cohort: str, raw: Path) -> Artefact:
@@ -272,7 +285,7 @@ def embed(
             continue
         for cohort in (c for c in cohorts if c in sets and init not in study.missing):
             name = f"embed {init} {cohort}"
-            weights = pretrained.get(init)
+            weights = _weights(study, init, pretrained)
             made = stage.artefact(exp, study.machine, init, sets[cohort], weights)
             if made.done:
                 study.skipped(name)
@@ -472,6 +485,35 @@ def _pretrained(study: Study) -> dict[str, Artefact]:
     return made
 
 
+def pretrained(study: Study, init: str | None = None) -> Artefact:
+    """The finished pretraining of the experiment that makes `init`; None: the only one there is."""
+    made = _pretrained(study)
+    if init is None and len(made) == 1:
+        return next(iter(made.values()))
+    if init not in made:
+        raise UserError("USAGE", f"which pretraining? init=... one of {', '.join(made) or 'none'}")
+    return made[init]
+
+
+def _weights(study: Study, init: str, pretrained: Mapping[str, Artefact]) -> Artefact | None:
+    """The pretraining behind an initialisation, if one is; `run:<id>` is looked up in the store.
+
+    What a run saw must be declared, or the leakage gate could not see it: its cohorts must be `pretrain.cohorts`.
+    """
+    if not init.startswith("run:"):
+        return pretrained.get(init)
+    from cranium import checkpoint
+
+    made = checkpoint.find_run(study.machine.store, init, study.machine.tracking)
+    saw, declared = made.manifest()["cohorts"], study.exp.pretrain.cohorts if study.exp.pretrain else ()
+    if unseen := sorted(set(saw) - set(declared)):
+        reason = f"{init} was pretrained on {', '.join(unseen)}, which pretrain.cohorts does not name"
+        raise UserError(
+            "LEAKAGE", f"{reason}; name them (and pretrain.inits=[]), so that leakage can be checked"
+        )
+    return made
+
+
 def _embedded(study: Study, sets: Mapping[str, Artefact]) -> Features:
     from cranium import embed as stage
 
@@ -479,7 +521,8 @@ def _embedded(study: Study, sets: Mapping[str, Artefact]) -> Features:
     assert exp.sweep and exp.adapt
     for init in (i for i in exp.sweep.init if i != "covariates"):
         for cohort in {c for task in exp.adapt.tasks for c in (task.cohort, *task.external)} & set(sets):
-            made = stage.artefact(exp, study.machine, init, sets[cohort], pretrained.get(init))
+            weights = _weights(study, init, pretrained)
+            made = stage.artefact(exp, study.machine, init, sets[cohort], weights)
             if not made.done:
                 raise UserError(
                     "NOT_EMBEDDED", f"{cohort} is not embedded with {init} yet; run `cranium embed` first"
@@ -655,10 +698,16 @@ def _track_pretrain(study: Study, init: str, made: Artefact, fresh: bool) -> Non
         tracker = _tracker(study)
         for folder in JOURNALS:
             tracker.replay(run, made.path / folder)
-        tracker.log(run, {"sys/seconds": made.manifest()["seconds"]})
+        tracker.log(run, {"sys/seconds": made.manifest()["seconds"]}, _start_tags(made))
         tracker.artefact(run, made.path / "resolved.yaml")
         tracker.finish(run)
         store.write_atomic(_mark(study, made), json.dumps({"run": run}))
+
+
+def _start_tags(made: Artefact) -> dict[str, str]:
+    """Where a pretraining's first weights came from and how they fitted, for its run."""
+    start = made.manifest()["start"]
+    return {f"start.{key}": track.plain(start[key]) for key in start if start[key] not in (None, "", [])}
 
 
 def _track_sweep(study: Study, grid: Grid, fresh: bool) -> None:

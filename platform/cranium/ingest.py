@@ -8,6 +8,7 @@ the set has, from the same files, are taken from its shards. The manifest is com
 
 from __future__ import annotations
 
+import base64
 import errno
 import json
 import os
@@ -19,13 +20,13 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from cranium import cohort, place, provisions, shardset, store, versions
+from cranium import cohort, config, place, provisions, shardset, store, versions
 from cranium.cards import Card
-from cranium.config import Compute, Ingest, Machine, UserError, fingerprint
+from cranium.config import Compute, Ingest, Machine, UserError
 from cranium.place import Where, at
 from cranium.provisions import Provisions
 from cranium.store import Artefact
-from cranium.volume import labels, nifti, normalise, shard, slices
+from cranium.volume import fingerprint, labels, measure, nifti, normalise, shard, slices
 from cranium.volume.quality import ASIDE, Rejected
 
 Progress = Callable[[int, int, str], None]
@@ -258,6 +259,8 @@ def _write_part(
         contrast, path = session["scans"][channel][:2]
         sources[channel] = {"contrast": contrast, "path": path, "sha256": volume.sha256}
     ml = None if label_map is None else json.dumps(dict(zip(job.classes, label_map.ml, strict=True)))
+    looks = (conformed.volumes, conformed.brain, conformed.grid.affine)
+    native = {c: (volume.data, conformed.transforms[c] @ volume.affine) for c, volume in used.items()}
     columns = {
         **session["values"],
         **names,
@@ -273,6 +276,8 @@ def _write_part(
         "label_ml": ml,
         "sources": json.dumps(sources),
         "warnings": json.dumps([{"contrast": c, "code": n.code, "reason": n.reason} for c, n in warnings]),
+        "measures": json.dumps(measure.measures(native, spec.channels, *looks)),
+        "fingerprint": base64.b64encode(fingerprint.fingerprint(*looks)).decode(),
     }
     return {
         "row_groups": [table.num_rows for table in tables],
@@ -399,7 +404,7 @@ OURS = ("index", "at", "kept")  # of a record, while work goes on
 def _pixels(card: Card, spec: Ingest) -> str:
     """Fingerprint of what shapes rows beside the files: versions that share it can share shards."""
     shapes = card.model_dump(mode="json", include={"name", "layouts", "segmentation"})
-    return fingerprint([shardset.RECIPE, shapes, spec.preprocessing, spec.codec, spec.shard_mb])
+    return config.fingerprint([shardset.RECIPE, shapes, spec.preprocessing, spec.codec, spec.shard_mb])
 
 
 def _inputs(root: Path, session: cohort.Session, wanted: dict[str, Any]) -> str:
@@ -407,7 +412,7 @@ def _inputs(root: Path, session: cohort.Session, wanted: dict[str, Any]) -> str:
     paths = {path for scan in session.scans.values() for path in (scan.path, scan.mask) if path}
     paths |= {session.segmentation} if session.segmentation else set()
     asked = {key: value for key, value in wanted.items() if key != "values"}
-    return fingerprint([asked, {path: _look(root / path) for path in paths}])
+    return config.fingerprint([asked, {path: _look(root / path) for path in paths}])
 
 
 def _look(path: Path) -> list[Any] | None:

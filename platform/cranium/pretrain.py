@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from cranium import checkpoint, monitor, store, stream, track, training
+from cranium import checkpoint, corpora, monitor, store, track, training
 from cranium.config import PRETRAINED_HERE, Experiment, Machine, Pretrain, UserError, canonical
 from cranium.dinov2 import health
 from cranium.store import Artefact
@@ -38,12 +38,13 @@ def artefact(exp: Experiment, machine: Machine, init: str, shard_sets: list[Arte
 
 def _key(exp: Experiment, machine: Machine, init: str, shard_sets: list[Artefact]) -> dict[str, Any]:
     assert exp.pretrain
+    needs_weights = PRETRAINED_HERE[init] != "random"
     return {
         "recipe": RECIPE,
         "pretrain": exp.pretrain.model_copy(update={"inits": ()}),
         "stream": exp.stream,
         "init": init,
-        "start": machine.weights.name if PRETRAINED_HERE[init] != "random" and machine.weights else None,
+        "start": checkpoint.identity(machine.weights) if needs_weights and machine.weights else None,
         "shards": [[s["sha256"] for s in shards.manifest()["shards"]] for shards in shard_sets],
     }
 
@@ -66,7 +67,7 @@ def pretrain(
     if made.done:
         return made
     started = time.monotonic()
-    corpus = stream.corpus(shard_sets)
+    corpus = corpora.corpus(shard_sets, exp.stream)
     if PRETRAINED_HERE[init] != "random":  # asked here once, not by every worker and attempt
         checkpoint.locate(PRETRAINED_HERE[init], exp.arch, machine.weights)
     spec = {
@@ -78,6 +79,7 @@ def pretrain(
         "folder": str(made.path),
         "continued": str(_continued(exp, machine)) if exp.pretrain.continue_from else None,
         "preprocessing_hash": shard_sets[0].manifest()["preprocessing_hash"],
+        "preprocessing": shard_sets[0].manifest().get("preprocessing"),
     }
     with store.lock(machine.store, made.id):
         (made.path / STOP).unlink(missing_ok=True)

@@ -8,6 +8,7 @@ the folder. Where shards lie elsewhere (`s3://...`), the store has copies of man
 
 from __future__ import annotations
 
+import base64
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,7 +27,7 @@ from cranium.place import Where, at, publish
 from cranium.store import Artefact
 from cranium.volume import shard
 
-RECIPE = 1  # raise it when the same scans and settings give other bytes
+RECIPE = 2  # raise it when the same scans and settings give other bytes
 RECORD = {  # columns of sessions.parquet beside those of the card; a string holds JSON where it has structure
     "cohort": pa.string(),
     "subject": pa.string(),
@@ -43,6 +44,8 @@ RECORD = {  # columns of sessions.parquet beside those of the card; a string hol
     "label_ml": pa.string(),  # of each class of the label map, in the slices kept; null without one
     "sources": pa.string(),  # of each channel: contrast, path, sha256
     "warnings": pa.string(),
+    "measures": pa.string(),  # of the pixels, for the quality page (volume/measure.py)
+    "fingerprint": pa.binary(),  # that tells the same head in another collection (volume/fingerprint.py)
 }
 QUARANTINE = ("cohort", "subject", "session", "contrast", "path", "code", "reason")
 TABLES = ("sessions.parquet", "quarantine.parquet", "records.parquet")
@@ -167,7 +170,9 @@ def counts_of(done: Sequence[Done], refused: int, shards: list[dict[str, Any]]) 
         "stacks": sum(entry["rows"] for entry in shards),
     }
     maps = Counter(one.record["label_map"] for one in done)
-    if maps.keys() - {None}:  # counted apart, so that scans add up; unused: no scan of the session was accepted
+    if maps.keys() - {
+        None
+    }:  # counted apart, so that scans add up; unused: no scan of the session was accepted
         counts |= {f"label_maps_{outcome}": maps[outcome] for outcome in ("accepted", "rejected", "unused")}
     return counts
 
@@ -203,7 +208,8 @@ def _agree(
 
 def _sessions_table(card: Card, sessions: list[dict[str, Any]]) -> pa.Table:
     layout = RECORD | {name: pa.float64() if name in cohort.FLOATS else pa.string() for name in card.columns}
-    return pa.Table.from_pylist(sessions, schema=pa.schema(list(layout.items())))
+    rows = [row | {"fingerprint": base64.b64decode(row["fingerprint"])} for row in sessions]
+    return pa.Table.from_pylist(rows, schema=pa.schema(list(layout.items())))
 
 
 def _records_table(done: Sequence[Done]) -> pa.Table:

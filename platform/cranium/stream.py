@@ -8,24 +8,26 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice, pairwise
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import torch
 
 from cranium.config import Stream, UserError
-from cranium.store import Artefact
-from cranium.volume import plan, shard
+from cranium.corpora import Corpus
+from cranium.volume import plan, shard, window
+from cranium.volume.visit import read
 
-SEGMENT_VISITS = (
-    4096  # visits given to one Ray Data execution: its start costs 0.3 s, its plan a little memory
-)
-READ_CPUS = 0.5  # a read is mostly memory traffic; two fit beside one core of training
+SEGMENT = 2048  # row groups given to one Ray Data execution: its start costs 0.2 s, its plan a little memory
+BLOCK_BYTES, BLOCK_GROUPS = (
+    100_000_000,
+    16,
+)  # read by one task: below Ray's 128 MiB, so that it makes one block
+READERS = 2  # tasks of one worker at a time; they share its `read_cpus`
 
 
 @dataclass(frozen=True)
@@ -33,115 +35,30 @@ class Batch:
     """One worker's part of a step.
 
     stacks: uint8 [B, C, S, H, W]; present: bool [B, C]; rows: int64 [B], each row's place in the global batch, which
-    seeds every random draw made for it.
+    seeds every random draw made for it; sessions: int64 [B], its place in `Corpus.sessions`.
     """
 
     step: int
     stacks: torch.Tensor
     present: torch.Tensor
     rows: np.ndarray
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """What a plan is made from: the sessions of some shard sets, and the form of their stacks."""
-
-    sessions: tuple[plan.Session, ...]
-    shape: tuple[int, int, int, int]
-    channels: tuple[str, ...]
-
-    @property
-    def rows(self) -> int:
-        return sum(session.rows for session in self.sessions)
-
-
-def corpus(shard_sets: Sequence[Artefact]) -> Corpus:
-    """The sessions of finished shard sets. Refuses sets of different channels, shapes or preprocessing."""
-    manifests = [artefact.manifest() for artefact in shard_sets]
-    for key in ("channels", "shape", "preprocessing_hash"):
-        values = {str(m[key]): m["cohort"] for m in manifests}
-        if len(values) > 1:
-            raise UserError(
-                "SHARDS_DIFFER", f"cohorts {sorted(values.values())} differ in {key}; ingest them alike"
-            )
-    sessions: list[plan.Session] = []
-    for artefact, manifest in zip(shard_sets, manifests, strict=True):
-        groups: dict[str, list[plan.RowGroup]] = {}
-        for entry in manifest["shards"]:
-            file = str(artefact.path / entry["file"])
-            for index, group in enumerate(entry["row_groups"]):
-                key = f"{manifest['cohort']}/{group['subject']}/{group['session']}"
-                groups.setdefault(key, []).append(plan.RowGroup(file, index, group["rows"]))
-        sessions += [plan.Session(manifest["cohort"], key, tuple(groups[key])) for key in sorted(groups)]
-        if (rows := sum(g.rows for gs in groups.values() for g in gs)) != manifest["counts"]["stacks"]:
-            raise UserError(
-                "SHARD_ROWS", f"{artefact.path}: {rows} rows listed, {manifest['counts']['stacks']} counted"
-            )
-    if not sessions:
-        raise UserError("NO_ROWS", f"no stacks in {[str(a.path) for a in shard_sets]}")
-    return Corpus(tuple(sessions), tuple(manifests[0]["shape"]), tuple(manifests[0]["channels"]))
+    sessions: np.ndarray
 
 
 def order(spec: Stream, batch_size: int, seed: int) -> plan.Order:
     return plan.Order(
         lanes=spec.lanes,
         rows_per_lane=batch_size // spec.lanes,
-        window=spec.window_sessions,
+        window=spec.window,
         max_rows_per_session=spec.max_rows_per_session,
         min_slice_gap=spec.min_slice_gap,
         weights=spec.weights,
+        temperature=spec.temperature,
         seed=seed,
     )
 
 
-class _Key(NamedTuple):
-    epoch: int
-    lane: int
-    visit: int
-
-
-@dataclass
-class _Step:
-    opened: dict[_Key, plan.Session]
-    draws: list[tuple[_Key, int, int]]  # visit, position in its session, place in the global batch
-    closed: list[_Key]
-    index: int
-
-
-def _steps(
-    sessions: Sequence[plan.Session], order: plan.Order, lanes: range, start: int, stop: int
-) -> Iterator[_Step]:
-    """The steps `start` to `stop` of some lanes. Visits opened before `start` and still alive open with the first."""
-    number, skip = plan.locate(sessions, order, start)
-    step = start
-    while step < stop:
-        epoch = plan.epoch(sessions, order, number)
-        walks = [plan.lane_steps(epoch.lanes[lane], epoch.steps, order, number, lane) for lane in lanes]
-        carried: dict[_Key, plan.Session] = {}
-        alive: set[_Key] = set()
-        for index, moves in enumerate(zip(*walks, strict=True)):
-            opened: dict[_Key, plan.Session] = {}
-            draws: list[tuple[_Key, int, int]] = []
-            closed: list[_Key] = []
-            for lane, move in zip(lanes, moves, strict=True):
-                for visit in move.opened:
-                    opened[_Key(number, lane, visit)] = sessions[epoch.lanes[lane][visit].session]
-                closed += [_Key(number, lane, visit) for visit in move.closed]
-                for place, draw in enumerate(move.draws, start=lane * order.rows_per_lane):
-                    draws.append((_Key(number, lane, draw.visit), draw.position, place))
-            carried |= opened
-            alive = (alive | set(opened)) - set(closed)
-            if index < skip:
-                carried = {key: session for key, session in carried.items() if key in alive}
-                continue
-            if index == epoch.steps - 1:
-                closed += sorted(alive)  # the tail that fills no step is not kept
-            yield _Step(carried, draws, closed, step)
-            carried = {}
-            step += 1
-            if step == stop:
-                return
-        number, skip = number + 1, 0
+# ---- batches --------------------------------------------------------------------------------------------------------
 
 
 def batches(
@@ -153,10 +70,14 @@ def batches(
     rank: int = 0,
     world: int = 1,
     prefetch: int = 2,
+    read_cpus: float = 1.0,
+    fill: Literal["zero", "replicate"] = "zero",
 ) -> Iterator[Batch]:
     """The batches of steps `start` (included) to `stop` for one of `world` workers.
 
-    Raises `UserError(SHARD_CORRUPT)` when a row's CRC does not match: a changed row is never handed out.
+    At most `READERS` tasks read at a time, on this node, and hold `read_cpus` of its logical CPUs together. Raises
+    `UserError(SHARD_CORRUPT)` when a row's CRC does not match, SHARD_MISSING for a shard that is gone, SHARD_ROWS when
+    a row group does not have the manifest's rows: a changed row is never handed out.
     """
     if order.lanes % world:
         raise UserError(
@@ -165,84 +86,207 @@ def batches(
         )
     share = order.lanes // world
     lanes = range(rank * share, (rank + 1) * share)
-    return _prefetched(_assemble(corpus, order, lanes, start, stop), prefetch)
+    made = _assembled(corpus, order, lanes, start, stop, read_cpus)
+    return _prefetched(map(replicated, made) if fill == "replicate" else made, prefetch)
 
 
-def _assemble(corpus: Corpus, order: plan.Order, lanes: range, start: int, stop: int) -> Iterator[Batch]:
-    arrivals = _arrivals(_steps(corpus.sessions, order, lanes, start, stop))
-    held: dict[_Key, tuple[np.ndarray, np.ndarray]] = {}
+def replicated(batch: Batch) -> Batch:
+    """Fill each absent contrast with the row's first present one, and call it present."""
+    stacks, present = batch.stacks.clone(), batch.present
+    rows, channels = (~present & present.any(1, keepdim=True)).nonzero(as_tuple=True)
+    stacks[rows, channels] = stacks[rows, present.int().argmax(1)[rows]]
+    return replace(batch, stacks=stacks, present=present | present.any(1, keepdim=True))
+
+
+class _Key(NamedTuple):
+    epoch: int
+    lane: int
+    visit: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Visit:
+    """A row group in this process's own memory, until the last of its rows is drawn.
+
+    Copied, because a window of views would pin Ray's object store until it spills: ten times slower than the copy.
+    """
+
+    session: int
+    pixels: np.ndarray  # uint8 [rows, C * S * H * W]
+    present: np.ndarray  # uint32 [rows]
+
+
+def _assembled(
+    corpus: Corpus, order: plan.Order, lanes: range, start: int, stop: int, read_cpus: float
+) -> Iterator[Batch]:
+    number, skip = plan.locate(corpus.sessions, order, start)
+    held: dict[_Key, _Visit] = {}
+    buffers: list[np.ndarray] = []  # of visits that are spent
+    arrivals: Iterator[tuple[_Key, _Visit]] | None = None
+    bits = torch.arange(len(corpus.channels))
+    rows = np.arange(lanes.start * order.rows_per_lane, lanes.stop * order.rows_per_lane)
+    size, pinned = int(np.prod(corpus.shape)), torch.cuda.is_available()
+    step = start
+    while step < stop:
+        epoch = plan.epoch(corpus.sessions, order, number)
+        walks = [window.lane_steps(corpus.sessions, epoch.lanes[n], order, number, n) for n in lanes]
+        moves = enumerate(zip(*walks, strict=True))
+        spent = {
+            _Key(number, lane, visit)
+            for _, parts in islice(moves, skip)
+            for lane, part in zip(lanes, parts, strict=True)
+            for visit in part.closed
+        }
+        if arrivals is None:
+            arrivals = _arrivals(
+                corpus, order, lanes, (number, stop - start + skip), spent, buffers, read_cpus
+            )
+        for _, parts in islice(moves, stop - step):
+            stacks, present = _empty(len(rows), size, pinned), np.empty(len(rows), np.int64)
+            out, sessions = stacks.numpy(), np.empty(len(rows), np.int64)
+            place = 0
+            for lane, part in zip(lanes, parts, strict=True):
+                for visit, row in zip(part.visits, part.rows, strict=True):
+                    key = _Key(number, lane, visit)
+                    while key not in held:
+                        arrived, found = next(arrivals)
+                        held[arrived] = found
+                    source = held[key]
+                    out[place] = source.pixels[row]
+                    present[place] = source.present[row]
+                    sessions[place] = source.session
+                    place += 1
+                for visit in part.closed:
+                    buffers.append(held.pop(_Key(number, lane, visit)).pixels)
+            channels = (torch.from_numpy(present)[:, None] >> bits & 1).bool()
+            yield Batch(step, stacks.view(-1, *corpus.shape), channels, rows, sessions)
+            step += 1
+        if step < stop and (over := [key for key in held if key.epoch == number]):
+            raise RuntimeError(f"epoch {number} ended with rows of {len(over)} row groups not handed out")
+        number, skip = number + 1, 0
+
+
+def _empty(rows: int, size: int, pinned: bool) -> torch.Tensor:
+    """uint8 [rows, size]. NumPy asks for large pages, which torch does not: a quarter of the page faults' time."""
+    if pinned:
+        return torch.empty((rows, size), dtype=torch.uint8, pin_memory=True)
+    return torch.from_numpy(np.empty((rows, size), np.uint8))
+
+
+# ---- reading --------------------------------------------------------------------------------------------------------
+
+
+def _arrivals(
+    corpus: Corpus,
+    order: plan.Order,
+    lanes: range,
+    ahead: tuple[int, int],
+    spent: Collection[_Key],
+    buffers: list[np.ndarray],
+    read_cpus: float,
+) -> Iterator[tuple[_Key, _Visit]]:
+    """Visits in about the order they will open, each with its rows, in `buffers` where there are some.
+
+    `ahead`: first epoch, steps from its beginning.
+    """
+    nbytes = int(np.prod(corpus.shape))
+    wanted = _upcoming(corpus, order, lanes, *ahead, spent)
     form = shard.schema(corpus.shape, corpus.channels).metadata  # blocks of Ray Data lose it
-    for step in _steps(corpus.sessions, order, lanes, start, stop):
-        for key, session in step.opened.items():
-            arrived, table = next(arrivals)
-            if arrived != key or table.num_rows != session.rows:
-                raise RuntimeError(
-                    f"the stream is out of step: wanted {key} with {session.rows} rows, got {arrived}"
+    while segment := list(islice(wanted, SEGMENT)):
+        tables = _read_in_order([group for *_, group in segment], nbytes, read_cpus)
+        for (key, owner, group), table in zip(segment, tables, strict=True):
+            if table.num_rows != group.rows:
+                raise UserError(
+                    "SHARD_ROWS",
+                    f"{group.file}, row group {group.index}: {table.num_rows} rows read, the manifest says "
+                    f"{group.rows}; restore the shard or ingest again",
                 )
-            held[key] = (shard.pixels(table.replace_schema_metadata(form)), table["present"].to_numpy())
-        stacks = torch.empty(
-            (len(step.draws), *corpus.shape), dtype=torch.uint8, pin_memory=torch.cuda.is_available()
-        )
-        out = stacks.numpy()
-        present = np.empty(len(step.draws), np.int64)
-        for i, (key, position, _) in enumerate(step.draws):
-            pixels, bits = held[key]
-            out[i] = pixels[position]
-            present[i] = bits[position]
-        for key in step.closed:
-            del held[key]
-        channels = torch.from_numpy(present)[:, None] >> torch.arange(len(corpus.channels)) & 1
-        yield Batch(
-            step.index, stacks, channels.bool(), np.array([place for *_, place in step.draws], np.int64)
-        )
+            rows = shard.pixels(table.replace_schema_metadata(form)).reshape(group.rows, -1)
+            pixels = buffers.pop() if buffers else np.empty((shard.MAX_ROWS, rows.shape[1]), np.uint8)
+            pixels[: group.rows] = rows
+            yield key, _Visit(owner, pixels, table["present"].to_numpy().copy())
 
 
-def _arrivals(steps: Iterator[_Step]) -> Iterator[tuple[_Key, pa.Table]]:
-    """Visits in the order they open, each with its rows, read ahead by Ray Data segment by segment."""
-    opened = ((key, session) for step in steps for key, session in step.opened.items())
-    while segment := [pair for _, pair in zip(range(SEGMENT_VISITS), opened, strict=False)]:
-        keys = [key for key, _ in segment]
-        yield from zip(keys, _read_in_order([session.row_groups for _, session in segment]), strict=True)
+def _upcoming(
+    corpus: Corpus, order: plan.Order, lanes: range, number: int, steps: int, spent: Collection[_Key]
+) -> Iterator[tuple[_Key, int, plan.RowGroup]]:
+    """What `steps` steps from the start of epoch `number` need and `spent` does not name.
+
+    Lanes spend rows at one rate, so a visit is due about when the rows before it in its lane are spent. The draws
+    decide its exact step, and need not be known here.
+    """
+    while steps > 0:
+        epoch = plan.epoch(corpus.sessions, order, number)
+        due = np.concatenate([np.cumsum(epoch.lanes[n].take) - epoch.lanes[n].take for n in lanes])
+        lane = np.concatenate([np.full(len(epoch.lanes[n].take), n) for n in lanes])
+        visit = np.concatenate([np.arange(len(epoch.lanes[n].take)) for n in lanes])
+        for place in np.lexsort((lane, due)).tolist():
+            key = _Key(number, int(lane[place]), int(visit[place]))
+            if key not in spent:
+                owner = int(epoch.lanes[key.lane].session[key.visit])
+                group = int(epoch.lanes[key.lane].group[key.visit])
+                yield key, owner, corpus.sessions[owner].row_groups[group]
+        steps, number = steps - epoch.steps, number + 1
 
 
-def _read_in_order(visits: Sequence[Sequence[plan.RowGroup]]) -> Iterator[pa.Table]:
-    from ray.data import ExecutionOptions
-
+def _read_in_order(groups: Sequence[plan.RowGroup], nbytes: int, read_cpus: float) -> Iterator[pa.Table]:
+    """One table a row group, in order, read by tasks on this node. `nbytes`: of a row."""
     import ray
 
     items = [
-        {"visit": number, "files": [g.file for g in groups], "indices": [g.index for g in groups]}
-        for number, groups in enumerate(visits)
+        {"files": [g.file for g in block], "indices": [g.index for g in block]}
+        for block in _blocks(groups, nbytes)
     ]
-    here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}  # rows are read where they are used
-    dataset = ray.data.from_items(items, override_num_blocks=max(1, len(items) // 4)).map_batches(
-        _read, batch_size=None, batch_format="pyarrow", num_cpus=READ_CPUS, label_selector=here
+    dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+        read,
+        batch_size=None,
+        batch_format="pyarrow",
+        num_cpus=read_cpus / READERS,
+        compute=ray.data.TaskPoolStrategy(READERS),
+        label_selector={"ray.io/node-id": ray.get_runtime_context().get_node_id()},  # read where it is used
     )
-    dataset.context.execution_options = ExecutionOptions(preserve_order=True)
-    dataset.context.execution_no_progress_timeout_s = -1  # a checkpoint or a slow step may pause the consumer
-    dataset.context.enable_progress_bars = False
-    number, parts = 0, list[pa.Table]()
-    for block in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2):
-        numbers = block["visit"].to_numpy()
-        edges = [0, *(np.flatnonzero(np.diff(numbers)) + 1), len(numbers)]
-        for begin, end in pairwise(edges):
-            if numbers[begin] != number:
-                yield pa.concat_tables(parts)
-                number, parts = number + 1, []
-            parts.append(block.slice(begin, end - begin))
-    yield pa.concat_tables(parts)
+    context = dataset.context
+    context.execution_options = ray.data.ExecutionOptions(preserve_order=True)
+    context.execution_no_progress_timeout_s = -1  # a checkpoint or a slow step may pause the consumer
+    context.enable_progress_bars = False
+    context.memory_usage_poll_interval_s = None  # or every task starts a thread for it
+    parts: list[pa.Table] = []
+    try:
+        # Whole blocks, without the batching and formatting threads of `iter_batches`: a third of the driver's work.
+        for bundle in dataset.iter_internal_ref_bundles():
+            for ref in bundle.block_refs:
+                block = ray.get(ref)
+                ends = set((block["last"].to_numpy().nonzero()[0] + 1).tolist())
+                for begin, end in pairwise(sorted({0, *ends, block.num_rows})):
+                    parts.append(block.slice(begin, end - begin))
+                    if end in ends:
+                        yield pa.concat_tables(parts)
+                        parts = []
+    except Exception as error:
+        raise _explained(error) from error
 
 
-def _read(items: pa.Table) -> Iterator[pa.Table]:
-    """Row groups of visits, checked row by row against their CRC."""
-    for item in items.to_pylist():
-        tables = []
-        for file, index in zip(item["files"], item["indices"], strict=True):
-            table = shard.read_row_group(Path(file), index, columns=["pixels", "present", "crc"])
-            shard.check_rows(table, f"{file}, row group {index}")
-            tables.append(table.select(["pixels", "present"]))
-        table = pa.concat_tables(tables)
-        yield table.append_column("visit", pa.array(np.full(table.num_rows, item["visit"], np.int64)))
+def _blocks(groups: Sequence[plan.RowGroup], nbytes: int) -> Iterator[Sequence[plan.RowGroup]]:
+    """Row groups for one task each: few at first, so that the first batch is soon there, then `BLOCK_BYTES`."""
+    done, size = 0, 2
+    while done < len(groups):
+        count, held = 0, 0
+        while count < min(size, len(groups) - done) and held < BLOCK_BYTES:
+            held += groups[done + count].rows * nbytes
+            count += 1
+        yield groups[done : done + count]
+        done, size = done + count, min(2 * size, BLOCK_GROUPS)
+
+
+def _explained(error: BaseException) -> BaseException:
+    """What a reading task found wrong with a shard, behind Ray's wrapping; else the error as it is."""
+    current: BaseException | None = error
+    while current is not None:
+        if isinstance(current, shard.ShardError):
+            return UserError(current.code, f"{current}; run `cranium verify`, then restore the shard", 1)
+        cause = getattr(current, "cause", None)
+        current = cause if isinstance(cause, BaseException) else current.__cause__
+    return error
 
 
 def _prefetched(batches: Iterator[Batch], depth: int) -> Iterator[Batch]:

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import pandas as pd
-
-from cranium import adapt, store
-from cranium.config import PRETRAINED_HERE, Cell, Classification, Experiment, Machine, UserError, fingerprint
+from cranium import adapt, leakage, store
+from cranium.config import Cell, Classification, Experiment, Machine, UserError, fingerprint
 from cranium.store import Artefact
 from cranium.tasks import splits
 
@@ -42,7 +40,7 @@ def assign(exp: Experiment, shard_sets: Mapping[str, Artefact]) -> tuple[dict[st
     """The splits of every task, and what the leakage gate let pass by name.
 
     Needs shard sets only, so it is asked before anything is trained. Raises `UserError(LEAKAGE)` when a declared
-    group, a subject, a file or a declared overlap is on two sides and not accepted by name.
+    group, a subject, a file, a declared overlap or a head that looks the same is on two sides and not accepted by name.
     """
     assert exp.sweep and exp.adapt
     folds: dict[str, Folds] = {}
@@ -53,7 +51,7 @@ def assign(exp: Experiment, shard_sets: Mapping[str, Artefact]) -> tuple[dict[st
             for seed in exp.sweep.seeds:
                 assigned = adapt.assign_folds(table, scheme, exp.sweep.folds, seed)
                 folds[f"{task.name}/{scheme}/{seed}"] = assigned
-                for overlap in _gate(exp, task, assigned, shard_sets):
+                for overlap in leakage.gate(exp, task, assigned, shard_sets):
                     tasks, schemes = accepted.setdefault(overlap, (set(), set()))
                     tasks.add(task.name)
                     schemes.add(scheme)
@@ -139,79 +137,6 @@ def _works(
                     )
                 )
     return works
-
-
-def _gate(
-    exp: Experiment, task: Classification, folds: Folds, shard_sets: Mapping[str, Artefact]
-) -> list[str]:
-    """Leakage between train, test, external and the SSL corpus, by subject, declared group and file content."""
-    assert exp.adapt and exp.sweep
-    pretrained = set(exp.sweep.init) & set(PRETRAINED_HERE) and exp.pretrain
-    corpus = exp.pretrain.cohorts if pretrained and exp.pretrain else ()
-    home = _units(shard_sets[task.cohort])
-    fixed = {
-        "ssl": [_units(shard_sets[c]) for c in corpus],
-        "external": [_units(shard_sets[c]) for c in task.external],
-    }
-    declared = _declared({"test": [task.cohort], "ssl": corpus, "external": task.external}, shard_sets)
-    found: dict[tuple[str, tuple[str, str]], set[str]] = {}
-    for fold in sorted(set(folds.values())):
-        test = home["subject_id"].map(lambda s, k=fold: folds.get(s) == k)
-        train = home["subject_id"].map(lambda s, k=fold: s in folds and folds[s] != k)
-        sides = {"train": [home[train]], "test": [home[test]], **fixed}
-        units = {
-            unit: {
-                side: {v for t in tables if unit in t for vs in t[unit] for v in vs}
-                for side, tables in sides.items()
-            }
-            for unit in sorted({c for tables in sides.values() for t in tables for c in t} - {"subject_id"})
-        }
-        units["overlap"] = declared
-        try:
-            overlaps = splits.check_leakage(units, exp.adapt.accept_leakage)
-        except splits.Leakage as leakage:
-            raise UserError(
-                "LEAKAGE", f"task {task.name}: {str(leakage).removeprefix('LEAKAGE: ')}"
-            ) from None
-        except ValueError as error:
-            raise UserError("CONFIG", f"adapt.accept_leakage: {error}") from None
-        for overlap in overlaps:
-            found.setdefault((overlap.unit, overlap.splits), set()).update(overlap.ids)
-    return [_in_words(unit, sides, sorted(ids)) for (unit, sides), ids in sorted(found.items())]
-
-
-def _in_words(unit: str, sides: tuple[str, str], ids: list[str]) -> str:
-    first, second = ("SSL corpus" if side == "ssl" else side for side in sides)
-    shown = ", ".join(ids[:6]) + (f" and {len(ids) - 6} more" if len(ids) > 6 else "")
-    if unit == "overlap":
-        return f"{first} and {second} hold collections that are declared to overlap ({shown})"
-    return f"{len(ids)} {unit}{'' if len(ids) == 1 else 's'} shared between {first} and {second} ({shown})"
-
-
-def _declared(sides: Mapping[str, Iterable[str]], shard_sets: Mapping[str, Artefact]) -> dict[str, set[str]]:
-    """side -> the pairs of collections on it that a card's `overlaps:` declares to share people."""
-    cards = {c: shard_sets[c].manifest()["card"] for cohorts in sides.values() for c in cohorts}
-    pairs = {frozenset((c, overlap["cohort"])) for c, card in cards.items() for overlap in card["overlaps"]}
-    return {
-        side: {" and ".join(sorted(p)) for p in pairs if p & set(cohorts)} for side, cohorts in sides.items()
-    }
-
-
-def _units(shard_set: Artefact) -> pd.DataFrame:
-    """One row per session: the values of every unit of leakage, as tuples; ids of a cohort are its own."""
-    manifest = shard_set.manifest()
-    cohort, card = manifest["cohort"], manifest["card"]
-    table = pd.read_parquet(shard_set.path / "sessions.parquet")
-    units: dict[str, Any] = {
-        "subject_id": table["subject"],
-        "subject": [(f"{cohort}/{s}",) for s in table["subject"]],
-        "content": [tuple(source["sha256"] for source in json.loads(s).values()) for s in table["sources"]],
-    }
-    for group in card["groups"]:
-        # Simulated cohorts share their source heads by name; families and the like are numbered per collection.
-        shared = bool(card["simulated"])
-        units[group] = [(str(v) if shared else f"{cohort}/{v}",) for v in table[group]]
-    return pd.DataFrame(units)
 
 
 def sweep(grid: Grid, exp: Experiment, progress: Progress | None = None) -> tuple[Artefact, int]:

@@ -318,6 +318,12 @@ def _run(found: Any) -> Run:
     )
 
 
+def run_of_alias(uri: str, model: str, alias: str) -> str:
+    """The run behind `<model>@<alias>` of MLflow's registry. Raises `TrackingError` when there is none."""
+    with _reaching(uri):
+        return str(_client(uri).get_model_version_by_alias(model, alias).run_id or "")
+
+
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     """Nested plain values as `a.b.c -> text`, which is what MLflow's params are."""
     flat: dict[str, str] = {}

@@ -20,11 +20,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from cranium import checkpoint, monitor, stream, track
+from cranium import checkpoint, corpora, monitor, stream, track
 from cranium.config import Crops, Experiment, Loss, Optimiser, Pretrain, UserError, fingerprint
 from cranium.dinov2 import health, schedules
 from cranium.dinov2.crops import CropSpec
-from cranium.dinov2.method import DINOv2, MethodSpec, Student, parameter_groups
+from cranium.dinov2.method import DINOv2, MethodSpec, Student, clip_gradients, parameter_groups
 from cranium.store import Artefact
 
 JOURNAL = "journal"
@@ -43,7 +43,7 @@ def train_worker(payload: dict[str, Any]) -> dict[str, Any]:
     rank, world = context.get_world_rank(), context.get_world_size()
     torch.set_num_threads(spec.compute.threads or max(1, int(spec.compute.cpus_per_worker)))
     device = ray.train.torch.get_device()
-    corpus = stream.corpus([Artefact(Path(folder)) for folder in payload["shard_sets"]])
+    corpus = corpora.corpus([Artefact(Path(folder)) for folder in payload["shard_sets"]], exp.stream)
     method, source = _build(spec, payload, corpus, device)
     optimiser = torch.optim.AdamW(
         parameter_groups(
@@ -70,6 +70,8 @@ def train_worker(payload: dict[str, Any]) -> dict[str, Any]:
         rank=rank,
         world=world,
         prefetch=spec.compute.prefetch_batches,
+        read_cpus=spec.compute.read_cpus,
+        fill=exp.stream.fill,
     )
     journal = (
         track.Journal(Path(payload["folder"]) / JOURNAL, uuid.uuid4().hex[:8], start) if rank == 0 else None
@@ -77,6 +79,7 @@ def train_worker(payload: dict[str, Any]) -> dict[str, Any]:
     card = {
         "channels": list(corpus.channels),
         "preprocessing_hash": payload["preprocessing_hash"],
+        "preprocessing": payload["preprocessing"],
         "image_size": corpus.shape[-1],
         "config": fingerprint(spec),
     }
@@ -110,7 +113,7 @@ def _look(spec: Pretrain, method: DINOv2, run: Run, done: int) -> None:
 
 
 def _build(
-    spec: Pretrain, payload: dict[str, Any], corpus: stream.Corpus, device: torch.device
+    spec: Pretrain, payload: dict[str, Any], corpus: corpora.Corpus, device: torch.device
 ) -> tuple[DINOv2, checkpoint.Source]:
     backbone, source = checkpoint.load_backbone(
         payload["start"],
@@ -120,6 +123,7 @@ def _build(
         drop_path=spec.drop_path,
         seed=spec.seed,
         weights_file=Path(payload["weights_file"]) if payload["weights_file"] else None,
+        position=spec.position,
     )
     objective = method_spec(spec.crops, spec.loss)
     torch.manual_seed(spec.seed)  # the heads' first weights: the same on every worker
@@ -178,7 +182,7 @@ def _loop(
         schedules.apply(now, optimiser.param_groups)
         optimiser.zero_grad(set_to_none=True)
         terms = _backward(spec, method, batch, now.teacher_temperature, run)
-        norm = _clip(method.plain_student, spec.optimiser.clip)
+        norm = clip_gradients(method.plain_student, spec.optimiser.clip)
         optimiser.step()
         method.update_teacher(now.momentum)
         done = batch.step + 1
@@ -262,13 +266,6 @@ def _require_finite(loss: Tensor, batch: stream.Batch, done: int, spec: Pretrain
             "pretrain.compute.precision=fp32",
             exit_code=1,
         )
-
-
-def _clip(student: Student, limit: float) -> Tensor:
-    """Clip the gradients of each module on its own (backbone, heads); returns the backbone's norm before."""
-    modules = [student.backbone, student.dino_head, *([student.ibot_head] if student.ibot_head else [])]
-    norms = [nn.utils.clip_grad_norm_(module.parameters(), limit) for module in modules]
-    return norms[0]
 
 
 def _identity(x: Tensor) -> Tensor:

@@ -26,7 +26,13 @@ pytestmark = pytest.mark.chaos
 
 SCANS = int(os.environ.get("CRANIUM_CHAOS_SCANS", "200"))
 KILLS = 5
-SETTINGS = ("ingest.size=56", "ingest.spacing_mm=4", "ingest.slice_spacing_mm=4", "ingest.shard_mb=4")
+SETTINGS = (
+    "ingest.size=56",
+    "ingest.spacing_mm=4",
+    "ingest.slice_spacing_mm=4",
+    "ingest.shard_mb=4",
+    "ingest.align=none",
+)
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from setups import CROPS, batch, build, run  # type: ignore[import-not-found]
 
 from cranium.dinov2 import crops, losses, masking, method, schedules
-from cranium.dinov2.centering import sinkhorn
+from cranium.dinov2.centering import MovingCentre, sinkhorn
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +87,37 @@ def test_terms_are_the_losses_of_the_parts() -> None:
     assert out["prototypes_used"] == len(targets.argmax(-1).unique()) / 32
     unit = torch.nn.functional.normalize(seen.cls, dim=-1)
     torch.testing.assert_close(out["feature_std"], unit.std(0, correction=0).mean(), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"shared_head": False, "unit_prototypes": False, "centering": "moving"}]
+)
+def test_the_gradient_is_the_slope_of_the_loss(options: dict[str, Any]) -> None:
+    """In float64, with stochastic depth and masks on: central differences along a direction, part by part."""
+    tiny = build(**{"centering": "sinkhorn", **options})
+    for network in (tiny.plain_student, tiny.teacher):
+        network.double()
+
+    def loss() -> torch.Tensor:
+        if options:  # each call starts from the same centres
+            tiny.centres = {name: MovingCentre(32) for name in ("dino", "ibot")}
+        return tiny.losses(*batch(), 0, seed=3, teacher_temperature=0.05)["total"]
+
+    loss().backward()
+    generator = torch.Generator().manual_seed(0)
+    for part, module in tiny.plain_student.named_children():
+        moved = list(module.parameters())
+        ways = [torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in moved]
+        slope = sum(
+            float((p.grad * way).sum()) for p, way in zip(moved, ways, strict=True) if p.grad is not None
+        )
+        ends = []
+        with torch.no_grad():
+            for step in (1e-7, -2e-7, 1e-7):
+                for parameter, way in zip(moved, ways, strict=True):
+                    parameter.add_(way, alpha=step)
+                ends.append(float(loss()))
+        assert slope == pytest.approx((ends[0] - ends[1]) / 2e-7, rel=1e-5), part
 
 
 @pytest.mark.parametrize("shared", [True, False])
@@ -169,7 +200,49 @@ def test_groups_hold_each_parameter_once_with_its_layers_rate() -> None:
     assert rates["ibot_head.mlp.0.weight"]["part"] == "head"
     assert rates["ibot_head.prototypes"]["part"] == rates["dino_head.prototypes"]["part"] == "last_layer"
     for name, parameter in student.named_parameters():
-        assert (rates[name]["weight_decay"] == 0.0) == (parameter.ndim < 2), name
+        vector = parameter.ndim < 2 and not name.endswith("mask_token")
+        assert (rates[name]["weight_decay"] == 0.0) == vector, name
+
+
+def test_each_module_is_clipped_on_its_own() -> None:
+    student = build(shared_head=False).plain_student
+    modules = {"backbone": student.backbone, "dino_head": student.dino_head, "ibot_head": student.ibot_head}
+    for size, module in zip((10.0, 0.5, 6.0), modules.values(), strict=True):
+        assert module is not None
+        count = sum(p.numel() for p in module.parameters())
+        for parameter in module.parameters():
+            parameter.grad = torch.full_like(parameter, size / count**0.5)
+    assert float(method.clip_gradients(student, 3.0)) == pytest.approx(10.0, rel=1e-4)
+    norms = {
+        name: float(torch.cat([p.grad.flatten().double() for p in module.parameters()]).norm())  # type: ignore[union-attr]
+        for name, module in modules.items()
+    }
+    assert norms == pytest.approx({"backbone": 3.0, "dino_head": 0.5, "ibot_head": 3.0}, rel=1e-4)
+
+
+def test_continuing_warms_the_heads_while_the_backbone_and_the_last_layer_stand_still() -> None:
+    """Loaded weights are the student's and the teacher's; two frozen steps change no bit of them."""
+    tiny = build(drop_path=0.0, unit_prototypes=False)
+    loaded = {name: t.clone() for name, t in tiny.plain_student.backbone.state_dict().items()}
+    optimiser = torch.optim.AdamW(method.parameter_groups(tiny.plain_student, 0.4, 0.9, 0.2))
+    plan = schedules.Schedules(4, 1e-2, freeze_backbone_steps=2, freeze_last_layer_steps=1)
+    heads = [{name: t.clone() for name, t in tiny.plain_student.dino_head.state_dict().items()}]
+    for step in range(3):
+        rates = plan.at(step)
+        schedules.apply(rates, optimiser.param_groups)
+        out = tiny.losses(*batch(), step, seed=3, teacher_temperature=rates.teacher_temperature)
+        optimiser.zero_grad()
+        out["total"].backward()
+        optimiser.step()
+        tiny.update_teacher(rates.momentum)
+        heads.append({name: t.clone() for name, t in tiny.plain_student.dino_head.state_dict().items()})
+        for network in (tiny.plain_student, tiny.teacher):
+            state = network.backbone.state_dict()
+            still = [torch.equal(state[name], loaded[name]) for name in loaded]
+            assert all(still) if step < 2 else not all(still)
+    for name in ("prototypes", "prototype_norms"):
+        assert torch.equal(heads[1][name], heads[0][name]) and not torch.equal(heads[2][name], heads[1][name])
+    assert not torch.equal(heads[1]["mlp.0.weight"], heads[0]["mlp.0.weight"])
 
 
 def test_it_learns() -> None:

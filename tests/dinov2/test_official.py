@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,12 @@ from torch import Tensor
 
 from cranium.dinov2 import centering, losses, masking
 from cranium.dinov2.head import Head
+from cranium.dinov2.method import MethodSpec, Student, parameter_groups
 from cranium.dinov2.schedules import cosine
+from cranium.models import vit
 
 OFFICIAL = np.load(Path(__file__).parents[1] / "reference" / "dinov2_b8931f7.npz")
+MODELS = np.load(Path(__file__).parents[1] / "reference" / "dinov2_models_b8931f7.npz")
 PAIRS = 2 * (2 - 1 + 8)  # student and teacher views compared, per image
 
 
@@ -75,6 +79,50 @@ def test_head() -> None:
     assert given("head.last_layer.weight_g").unique().tolist() == [1.0]  # unit prototypes, as ours stay
     head.load_state_dict({**state, "prototypes": given("head.last_layer.weight_v")})
     agrees(head(given("head.tokens")).detach(), "head.scores")
+
+
+def test_head_with_learned_norms_and_its_gradients() -> None:
+    head = Head(16, 20, 12, 24, unit_prototypes=False)
+    assert head.prototype_norms is not None and head.prototype_norms.unique().tolist() == [
+        1.0
+    ]  # at the start
+    state = {
+        n.removeprefix("head."): torch.from_numpy(MODELS[n])
+        for n in MODELS.files
+        if n.startswith("head.mlp.")
+    }
+    names = {"prototypes": "weight_v", "prototype_norms": "weight_g"}
+    last = {ours: torch.from_numpy(MODELS[f"head.last_layer.{theirs}"]) for ours, theirs in names.items()}
+    head.load_state_dict({**state, **last})
+    scores = head(torch.from_numpy(MODELS["head.tokens"]))
+    np.testing.assert_allclose(scores.detach(), MODELS["head.scores"], rtol=1e-5, atol=1e-6)
+    (scores * torch.from_numpy(MODELS["head.weights"])).sum().backward()
+    for name, parameter in head.named_parameters():
+        want = MODELS[f"head.grad.{'last_layer.' + names[name] if name in names else name}"]
+        assert parameter.grad is not None
+        np.testing.assert_allclose(
+            parameter.grad, want, rtol=1e-5, atol=1e-5 * np.abs(want).max(), err_msg=name
+        )
+
+
+def test_rates_and_decay_of_every_parameter() -> None:
+    """Layer-wise rates 0.9, the patch embedding's 0.2, what decays, and what is the last layer."""
+    groups = json.loads(str(MODELS["groups"]))
+    backbone = vit.build("vit_tiny_patch14_reg4", image_size=56)
+    spec = MethodSpec(prototypes=24, head_hidden=20, head_bottleneck=12, unit_prototypes=False)
+    student = Student(backbone, spec)
+    by_id = {id(p): group for group in parameter_groups(student, 0.04, 0.9, 0.2) for p in group["params"]}
+    ours = {name: by_id[id(p)] for name, p in student.named_parameters()}
+    outside = {"mask_token": "backbone.mask_token", "register_tokens": "backbone.vit.reg_token"}
+    head = {"last_layer.weight_g": "prototype_norms", "last_layer.weight_v": "prototypes"}
+    theirs = [(outside.get(name, f"backbone.vit.{name}"), *rest) for name, *rest in groups["backbone"]]
+    theirs += [(f"dino_head.{head.get(name, name)}", *rest) for name, *rest in groups["head"]]
+    assert {name for name, *_ in theirs} == set(ours)
+    for name, rate, decay, last in theirs:
+        group = ours[name]
+        assert group["lr_multiplier"] == pytest.approx(rate, rel=1e-12), name
+        assert group["decay_multiplier"] == decay and group["weight_decay"] == 0.04 * decay, name
+        assert (group["part"] == "last_layer") == last, name
 
 
 @pytest.mark.parametrize("name", ["lr", "wd", "momentum", "temperature"])

@@ -29,8 +29,14 @@ PAIRS = ("external+ssl", "external+test", "external+train", "ssl+test", "test+tr
 EXPERIMENT = {
     "name": "tiny",
     "asks": "does the path hold?",
-    "ingest": {"cohorts": ["ssl", "home", "away"], "size": 56, "spacing_mm": 4.0, "slice_spacing_mm": 8.0},
-    "stream": {"lanes": 4, "window_sessions": 3},
+    "ingest": {
+        "cohorts": ["ssl", "home", "away"],
+        "size": 56,
+        "spacing_mm": 4.0,
+        "slice_spacing_mm": 8.0,
+        "align": "none",
+    },
+    "stream": {"lanes": 4, "window": 3},
     "pretrain": {
         "cohorts": ["ssl"],
         "inits": ["scratch"],

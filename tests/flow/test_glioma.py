@@ -33,6 +33,7 @@ def card() -> Card:
             "citation": "Menze et al. 2015",
             "role": "tests",
             "contrasts": ["T1ce", "FLAIR"],
+            "segmentation": {"necrosis": [1], "oedema": [2], "nonenhancing": [3], "enhancing": [4]},
             "layouts": [
                 {
                     "files": {
@@ -40,6 +41,7 @@ def card() -> Card:
                         "FLAIR": [place + "Flair_subtrMeanDivStd.nii.gz"],
                     },
                     "mask": place + "brainmask.nii.gz",
+                    "segmentation": place + "OTMultiClass.nii.gz",
                     "source": "https://github.com/deepmedic/deepmedic",
                 }
             ],
@@ -84,8 +86,14 @@ def test_tumour_slices_are_told_from_others_leaving_one_patient_out(
     shards = ingest.ingest(card(), test_data / "data" / "glioma4", exp.ingest, machine)
     counts = shards.manifest()["counts"]
     assert counts["subjects"] == 4 and counts["rejected"] == 0 and counts["scans"] == 8
+    assert (counts["label_maps_accepted"], counts["label_maps_rejected"]) == (4, 0)
     columns, features = embed.read(embed.embed(exp, machine, "dinov2", shards).path)
-    tumour = tumour_per_slice(test_data, pd.read_parquet(shards.path / "sessions.parquet"))
+    sessions = pd.read_parquet(shards.path / "sessions.parquet")
+    tumour = tumour_per_slice(test_data, sessions)
+    for row in sessions.itertuples():  # what the shards hold, by class, is what the label file says
+        first, stop, _ = json.loads(row.crop)["slices"]
+        expected = sum(tumour[row.subject, z] for z in range(first, stop))
+        assert sum(json.loads(row.label_ml).values()) == pytest.approx(expected, abs=0.01)
     labels = np.array(
         [tumour[s, int(z)] > 0.1 for s, z in zip(columns["subject"], columns["slice"], strict=True)]
     )

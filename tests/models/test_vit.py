@@ -9,24 +9,26 @@ from cranium.models import vit
 
 
 @pytest.mark.parametrize(
-    ("arch", "registers", "size"),
+    ("arch", "size"),
     [
-        ("vit_tiny_patch14", 0, 56),
-        ("vit_tiny_patch14", 4, 42),
-        ("vit_small_patch14_dinov2", 0, 98),
-        ("vit_small_patch16_224", 0, 64),
+        ("vit_tiny_patch14", 56),
+        ("vit_tiny_patch14_reg4", 42),
+        ("vit_small_patch14_dinov2", 98),
+        ("vit_small_patch14_reg4_dinov2", 42),
+        ("vit_small_patch16_224", 64),
     ],
 )
-def test_tokens_are_those_of_timm(arch: str, registers: int, size: int) -> None:
+def test_tokens_are_those_of_timm_under_its_position_rule(arch: str, size: int) -> None:
     torch.manual_seed(0)
-    backbone = vit.build(arch, image_size=56, num_registers=registers).eval()
+    backbone = vit.build(arch, image_size=56, position="timm").eval()
     x = torch.rand(2, 3, size, size)
-    mean, std = (torch.tensor(values)[:, None, None] for values in vit.ARCHITECTURES[arch].statistics)
+    spec = vit.ARCHITECTURES[arch]
+    mean, std = (torch.tensor(values)[:, None, None] for values in spec.statistics)
     with torch.no_grad():
         tokens = backbone(x)
         expected = backbone.vit.forward_features((x - mean) / std)
     assert torch.equal(tokens.cls, expected[:, 0])
-    assert torch.equal(tokens.patches, expected[:, 1 + registers :])
+    assert torch.equal(tokens.patches, expected[:, 1 + spec.registers :])
     assert tokens.patches.shape[1] == backbone.num_patches(size)
 
 
@@ -34,8 +36,12 @@ def test_tokens_are_those_of_timm(arch: str, registers: int, size: int) -> None:
 def test_dinov2_position_tables_are_those_of_518_pixels(size: str) -> None:
     with torch.device("meta"):
         backbone = vit.build(f"vit_{size}_patch14_dinov2")
+        registers = vit.build(f"vit_{size}_patch14_reg4_dinov2")
     assert backbone.vit.pos_embed.shape == (1, 1 + 37 * 37, backbone.embed_dim)
-    assert backbone.num_blocks == (24 if size == "large" else 12)
+    assert registers.vit.pos_embed.shape == (1, 37 * 37, backbone.embed_dim)
+    assert registers.vit.reg_token.shape == (1, 4, backbone.embed_dim)
+    assert backbone.num_blocks == registers.num_blocks == (24 if size == "large" else 12)
+    assert {block.ls2.gamma.shape for block in backbone.vit.blocks} == {(backbone.embed_dim,)}
 
 
 def test_a_masked_patch_cannot_be_seen() -> None:

@@ -26,7 +26,7 @@ def experiment(workers: int = 1, steps: int = STEPS, drop_path: float = 0.1) -> 
         {
             "name": "tiny",
             "ingest": {"cohorts": ["tiny"], "size": 28},
-            "stream": {"lanes": 4, "window_sessions": 3},
+            "stream": {"lanes": 4, "window": 3},
             "pretrain": {
                 "cohorts": ["tiny"],
                 "inits": ["scratch"],

@@ -102,7 +102,8 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     scan = sorted(raw.glob("sub-*/anat/*_FLAIR.nii.gz"))[0]
     scan.write_bytes(scan.read_bytes()[:-300])
     (folder / "tiny.yaml").write_text(
-        "name: tiny\ningest: {cohorts: [jobs], size: 56, spacing_mm: 4.0, slice_spacing_mm: 8.0, min_brain: 0.02}\n"
+        "name: tiny\ningest: {cohorts: [jobs], size: 56, spacing_mm: 4.0, slice_spacing_mm: 8.0, min_brain: 0.02, "
+        "align: none}\n"
     )
     return folder
 

@@ -39,6 +39,7 @@ PLAIN = Header(
     angio=False,
     burned_in=False,
     colour=False,
+    inverted=False,
     body_part="",
 )
 
@@ -96,7 +97,11 @@ def test_attributes_alone_tell_the_contrast(contrast: str, sequence: tuple[Any, 
         ("NOT_STRUCTURAL", {"description": "Cor STIR"}),
         ("NOT_STRUCTURAL", {"description": "t1_vibe_dyn"}),
         ("NOT_STRUCTURAL", {"description": "3D TOF"}),
-        ("NOT_STRUCTURAL", {"angio": True}),
+        (
+            "NOT_STRUCTURAL",
+            {"angio": True, "scanning": frozenset({"GR"}), "tr": 25.0, "te": 5.0, "flip": 20.0},
+        ),
+        ("NOT_STRUCTURAL", {"study_description": "MRI SHOULDER"}),
         ("NOT_STRUCTURAL", {"body_part": "CSPINE"}),
         ("NOT_STRUCTURAL", {"temporal": 40.0}),
         ("NOT_STRUCTURAL", {"echoes": 8}),
@@ -119,6 +124,14 @@ def test_attributes_alone_tell_the_contrast(contrast: str, sequence: tuple[Any, 
 def test_what_is_none_of_ours_or_cannot_be_told(code: str, changes: dict[str, Any]) -> None:
     decision = classify(replace(PLAIN, **changes))
     assert (decision.contrast, decision.code) == (None, code), decision
+
+
+def test_a_real_flair_of_ge() -> None:
+    """Research mode, no inversion time, and flagged as angiography: seen in a real header."""
+    odd = header("RM", 10002.0, 159.5, None, 90.0, angio=True, sequence_name="flair", agent="NONE")
+    for description in ("FLAIR", ""):
+        decision = classify(replace(odd, description=description))
+        assert (decision.contrast, [n.code for n in decision.notes]) == ("FLAIR", ["CONTRAST_BY_NAME"])
 
 
 def test_an_original_acquisition_marked_as_reformat_is_taken() -> None:

@@ -15,6 +15,7 @@ import pydicom
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydicom.uid import RLELossless
 
 import dicoms
 import phantoms
@@ -201,6 +202,8 @@ def test_what_is_no_dicom_or_leads_outside_is_refused(tmp_path: Path) -> None:
         ("SLICES_UNEVEN", {"ImagePositionPatient": lambda k: [0.0, 3.0 * (k == 5), 8.0 * k]}),
         ("SLICES_UNEVEN", {"PixelSpacing": lambda k: [8.0, 8.0 + (k == 5)]}),
         ("SLICES_UNEVEN", {"ImagePositionPatient": None}),
+        ("SLICES_UNEVEN", {"PixelRepresentation": lambda k: k % 2}),
+        ("DTYPE", {"PhotometricInterpretation": "MONOCHROME1"}),
         ("SLICES_UNEVEN", {"skip": range(1, 12)}),
         ("SLICES_REPEATED", {"SOPInstanceUID": "1.2.3"}),
     ],
@@ -213,6 +216,18 @@ def test_series_that_make_no_grid(tmp_path: Path, code: str, options: dict[str, 
         ds.SOPInstanceUID = instance
         ds.save_as(path)
     rejected(lambda: dicom.convert(tmp_path / "scan", tmp_path), code)
+
+
+def test_compressed_pixels_are_read_and_their_end_is_looked_for(tmp_path: Path) -> None:
+    paths = dicoms.series(tmp_path / "scan", "t2")
+    for path in paths:
+        ds = pydicom.dcmread(path)
+        ds.compress(RLELossless)
+        ds.save_as(path)
+    volume = dicom.convert(tmp_path / "scan", tmp_path)
+    np.testing.assert_array_equal(to_ras(volume.data, volume.affine)[0], dicoms.voxels("t2"))
+    paths[5].write_bytes(paths[5].read_bytes()[:-60])
+    rejected(lambda: dicom.convert(tmp_path / "scan", tmp_path), "DICOM_TRUNCATED")
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 0.999])

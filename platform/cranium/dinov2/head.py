@@ -8,13 +8,22 @@ from torch import Tensor, nn
 
 
 class Head(nn.Module):
-    """MLP with GELU, L2 normalisation, then cosine scores against unit `prototypes` (DINO, section 3.1).
+    """MLP with GELU, L2 normalisation, then scores against weight-normalised `prototypes` (DINO, section 3.1).
 
-    Prototypes are weight-normalised with their norm fixed at 1 (DINO's `norm_last_layer`, the stable choice
-    for small batches; the official DINOv2 starts there and lets the norms learn), so scores stay in [-1, 1].
+    With `unit_prototypes` their norms stay 1 (DINO's `norm_last_layer`, the stable choice for small batches), so
+    scores are cosines; without, the norms start at 1 and learn, as in the official DINOv2.
     """
 
-    def __init__(self, in_dim: int, hidden: int, bottleneck: int, prototypes: int, layers: int = 3) -> None:
+    def __init__(
+        self,
+        in_dim: int,
+        hidden: int,
+        bottleneck: int,
+        prototypes: int,
+        layers: int = 3,
+        *,
+        unit_prototypes: bool = True,
+    ) -> None:
         super().__init__()
         if layers < 1:
             raise ValueError(f"a head needs at least one layer, got {layers}")
@@ -29,7 +38,11 @@ class Head(nn.Module):
                 nn.init.zeros_(module.bias)
         self.prototypes = nn.Parameter(torch.empty(prototypes, bottleneck))
         nn.init.kaiming_uniform_(self.prototypes, a=5**0.5)
+        self.prototype_norms = None if unit_prototypes else nn.Parameter(torch.ones(prototypes, 1))
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Scores [..., K] of `tokens` [..., D]."""
-        return F.linear(F.normalize(self.mlp(tokens), dim=-1), F.normalize(self.prototypes, dim=-1))
+        directions = F.normalize(self.prototypes, dim=-1)
+        if self.prototype_norms is not None:
+            directions = directions * self.prototype_norms
+        return F.linear(F.normalize(self.mlp(tokens), dim=-1), directions)

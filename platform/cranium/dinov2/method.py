@@ -27,6 +27,7 @@ class MethodSpec:
     head_hidden: int = 2048
     head_bottleneck: int = 256
     shared_head: bool = True
+    unit_prototypes: bool = True
     ibot_weight: float = 1.0
     koleo_weight: float = 0.1
     centering: Literal["sinkhorn", "moving"] = "sinkhorn"
@@ -55,8 +56,9 @@ class Student(nn.Module):
         super().__init__()
         self.backbone = backbone
         shape = (backbone.embed_dim, spec.head_hidden, spec.head_bottleneck, spec.prototypes)
-        self.dino_head = Head(*shape)
-        self.ibot_head = None if spec.shared_head or not spec.ibot_weight else Head(*shape)
+        self.dino_head = Head(*shape, unit_prototypes=spec.unit_prototypes)
+        apart = spec.ibot_weight and not spec.shared_head
+        self.ibot_head = Head(*shape, unit_prototypes=spec.unit_prototypes) if apart else None
         # Without masked patches nothing reaches the token, and data parallelism wants a gradient for all that
         # learns.
         backbone.mask_token.requires_grad_(spec.ibot_weight > 0)
@@ -259,10 +261,20 @@ class DINOv2:
             centre.centre = state[f"centre.{name}"].to(centre.centre.device, copy=True)
 
 
+def clip_gradients(student: Student, limit: float) -> Tensor:
+    """Scale down the gradients of each module (backbone, DINO head, iBOT head) to a norm of `limit` at most.
+
+    Apart, as in the official code: a head's burst leaves the backbone's step alone. Returns the backbone's norm before.
+    """
+    modules = [student.backbone, student.dino_head, *([student.ibot_head] if student.ibot_head else [])]
+    norms = [nn.utils.clip_grad_norm_(module.parameters(), limit) for module in modules]
+    return norms[0]
+
+
 def parameter_groups(
     student: Student, weight_decay: float, layer_decay: float, patch_embed_lr: float
 ) -> list[dict[str, Any]]:
-    """Optimiser groups for `schedules.apply`: layer-wise learning rates, no decay on vectors.
+    """Optimiser groups for `schedules.apply`: layer-wise learning rates; no decay on biases, norms and LayerScale.
 
     A layer's rate is layer_decay ** (layers above it), embeddings lowest and heads at 1; the patch embedding
     is multiplied by `patch_embed_lr` as well. `weight_decay` is the starting value.
@@ -273,11 +285,12 @@ def parameter_groups(
         if not parameter.requires_grad:
             continue
         part = "backbone" if name.startswith("backbone.") else "head"
-        part = "last_layer" if name.endswith("head.prototypes") else part
+        part = "last_layer" if "head.prototype" in name else part
         multiplier = layer_decay ** (depth + 1 - _layer(name, depth))
         if ".patch_embed." in name:
             multiplier *= patch_embed_lr
-        decay = 0.0 if parameter.ndim < 2 else 1.0
+        # The mask token is a vector, but an embedding: it decays like the others, as in the official code.
+        decay = 1.0 if parameter.ndim > 1 or name.endswith(".mask_token") else 0.0
         group = groups.setdefault(
             (part, multiplier, decay),
             {"params": [], "part": part, "lr_multiplier": multiplier, "decay_multiplier": decay},

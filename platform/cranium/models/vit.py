@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import timm
@@ -11,44 +10,8 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-RGB_STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-HALF_STATISTICS = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """What timm needs to build a backbone, and the statistics its released weights expect."""
-
-    patch_size: int
-    dim: int
-    depth: int
-    heads: int
-    table_size: int | None
-    """Image side in pixels behind the position table; None: the caller's `image_size`."""
-    layer_scale: float | None
-    timm_name: str | None
-    """timm's registered name; None: ours, through timm's class."""
-    statistics: tuple[tuple[float, ...], tuple[float, ...]]
-
-
-def _dinov2(size: str, dim: int, depth: int, heads: int) -> Architecture:
-    return Architecture(14, dim, depth, heads, 518, 1e-5, f"vit_{size}_patch14_dinov2", RGB_STATISTICS)
-
-
-def _imagenet(size: str, dim: int, depth: int, heads: int) -> Architecture:
-    return Architecture(16, dim, depth, heads, 224, None, f"vit_{size}_patch16_224", HALF_STATISTICS)
-
-
-ARCHITECTURES: dict[str, Architecture] = {
-    # LayerScale 0.1 is the choice for a shallow network trained from scratch (CaiT, Touvron et al., 2021).
-    "vit_tiny_patch14": Architecture(14, 192, 6, 3, None, 0.1, None, RGB_STATISTICS),
-    "vit_small_patch14_dinov2": _dinov2("small", 384, 12, 6),
-    "vit_base_patch14_dinov2": _dinov2("base", 768, 12, 12),
-    "vit_large_patch14_dinov2": _dinov2("large", 1024, 24, 16),
-    "vit_small_patch16_224": _imagenet("small", 384, 12, 6),
-    "vit_base_patch16_224": _imagenet("base", 768, 12, 12),
-    "vit_large_patch16_224": _imagenet("large", 1024, 24, 16),
-}
+from cranium.models import positions
+from cranium.models.architectures import ARCHITECTURES, PositionRule
 
 
 class Tokens(NamedTuple):
@@ -59,14 +22,20 @@ class Tokens(NamedTuple):
 
 
 def build(
-    arch: str, *, in_channels: int = 3, image_size: int = 224, drop_path: float = 0.0, num_registers: int = 0
+    arch: str,
+    *,
+    in_channels: int = 3,
+    image_size: int = 224,
+    drop_path: float = 0.0,
+    position: PositionRule | None = None,
 ) -> Backbone:
     """Build a randomly initialised backbone; nothing is downloaded.
 
     `in_channels` is C * S. `image_size` (pixels) sizes the position table of the architectures that have no
     fixed one; any size that the patch size divides may be given to `forward`. `drop_path` is the
-    stochastic-depth rate, the same in all blocks. Raises ValueError for an unknown architecture or an
-    impossible size.
+    stochastic-depth rate, the same in all blocks. `position` is the rule by which the position table is
+    resampled; None: the one the architecture's released weights were made with. Raises ValueError for an unknown
+    architecture or an impossible size.
     """
     if arch not in ARCHITECTURES:
         raise ValueError(f"unknown architecture {arch!r}; choose one of {', '.join(ARCHITECTURES)}")
@@ -81,15 +50,16 @@ def build(
             f"image_size {table_size} is not a multiple of {arch}'s patch size {spec.patch_size}"
         )
     options = {"in_chans": in_channels, "img_size": table_size, "num_classes": 0, "dynamic_img_size": True}
-    if num_registers:
-        # Register weights are released with a table without CLS entry (Darcet et al., 2023).
-        options |= {"reg_tokens": num_registers, "no_embed_class": True}
+    if spec.registers:
+        options |= {"reg_tokens": spec.registers, "no_embed_class": True}
     if spec.timm_name is None:
         options |= {"patch_size": spec.patch_size, "embed_dim": spec.dim, "depth": spec.depth}
         vit = VisionTransformer(num_heads=spec.heads, init_values=spec.layer_scale, **options)
     else:
         vit = timm.create_model(spec.timm_name, pretrained=False, **options)
-    return Backbone(vit, arch=arch, in_channels=in_channels, drop_path=drop_path)
+    return Backbone(
+        vit, arch=arch, in_channels=in_channels, drop_path=drop_path, position=position or spec.position
+    )
 
 
 class Backbone(nn.Module):
@@ -103,13 +73,20 @@ class Backbone(nn.Module):
     std: Tensor
 
     def __init__(
-        self, vit: VisionTransformer, *, arch: str, in_channels: int, drop_path: float = 0.0
+        self,
+        vit: VisionTransformer,
+        *,
+        arch: str,
+        in_channels: int,
+        position: PositionRule,
+        drop_path: float = 0.0,
     ) -> None:
         super().__init__()
         self.vit = vit
         self.arch = arch
         self.in_channels = in_channels
         self.drop_path = drop_path
+        self.position = position
         self.embed_dim = int(vit.embed_dim)
         self.num_blocks = len(vit.blocks)
         self.patch_size = ARCHITECTURES[arch].patch_size
@@ -138,13 +115,28 @@ class Backbone(nn.Module):
         if masks is not None:
             token = self.mask_token.to(x.dtype)
             x = torch.where(masks.view(*x.shape[:3], 1), token, x)
-        x = vit.norm_pre(vit.patch_drop(vit._pos_embed(x)))
+        x = vit.norm_pre(self._with_positions(x))
         for index, block in enumerate(vit.blocks):
             first, second = (None, None) if keep is None else (keep[2 * index], keep[2 * index + 1])
             x = self._add(x, lambda y, b=block: b.ls1(b.attn(b.norm1(y))), first)  # type: ignore[misc]
             x = self._add(x, lambda y, b=block: b.ls2(b.mlp(b.norm2(y))), second)  # type: ignore[misc]
         x = vit.norm(x)
         return Tokens(x[:, 0], x[:, vit.num_prefix_tokens :])
+
+    @property
+    def num_prefix(self) -> int:
+        """Entries of the position table before those of the patches."""
+        return 0 if self.vit.no_embed_class else int(self.vit.num_prefix_tokens)
+
+    def _with_positions(self, x: Tensor) -> Tensor:
+        """Patches [B, rows, columns, D] with their positions, after the CLS token and the registers."""
+        vit, grid = self.vit, (int(x.shape[1]), int(x.shape[2]))
+        table = positions.resample(vit.pos_embed, self.num_prefix, grid, self.position)
+        prefix = [t.expand(len(x), -1, -1) for t in (vit.cls_token, vit.reg_token) if t is not None]
+        x = x.flatten(1, 2)
+        if vit.no_embed_class:
+            return torch.cat([*prefix, x + table], dim=1)
+        return torch.cat([*prefix, x], dim=1) + table
 
     def _add(self, x: Tensor, branch: Callable[[Tensor], Tensor], keep: Tensor | None) -> Tensor:
         """Add a residual branch to the kept rows only: dropped rows cost nothing."""

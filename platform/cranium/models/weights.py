@@ -7,12 +7,13 @@ import re
 from dataclasses import dataclass
 
 import torch
-from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
-from cranium.models.vit import ARCHITECTURES, Backbone
+from cranium.models import layouts, positions
+from cranium.models.architectures import ARCHITECTURES
+from cranium.models.vit import Backbone
 
-_HEAD = re.compile(r"^(head|head_dist|fc_norm|pre_logits)\.")
+_HEAD = re.compile(r"^(head|head_dist|fc_norm|pre_logits|classifier|linear_head|dino_head|ibot_head)\.")
 
 
 @dataclass(frozen=True)
@@ -22,9 +23,12 @@ class LoadReport:
     loaded: int
     total: int
     exceptions: tuple[str, ...] = ()
+    layout: str = "cranium"
+    """Whose names the file used."""
 
     def __str__(self) -> str:
-        return "; ".join([f"{self.loaded} of {self.total} tensors loaded", *self.exceptions])
+        loaded = f"{self.loaded} of {self.total} tensors loaded ({self.layout} names)"
+        return "; ".join([loaded, *self.exceptions])
 
 
 def inflate_patch_embedding(weight: Tensor, in_channels: int) -> Tensor:
@@ -55,80 +59,61 @@ def fold_statistics(
     return weight * (new_std / std)[:, None, None], bias + shift
 
 
-def resample_position_table(table: Tensor, num_prefix: int, new_grid: tuple[int, int]) -> Tensor:
-    """Resample a table [1, num_prefix + h*w, D] of a square grid to `new_grid` (bicubic, antialiased)."""
-    side = math.isqrt(table.shape[1] - num_prefix)
-    if side * side + num_prefix != table.shape[1]:
-        raise ValueError(f"{table.shape[1]} positions are not {num_prefix} prefix entries and a square grid")
-    if (side, side) == new_grid:
-        return table
-    resampled: Tensor = resample_abs_pos_embed(
-        table, new_size=list(new_grid), old_size=[side, side], num_prefix_tokens=num_prefix
-    )
-    return resampled
-
-
 def load_into(backbone: Backbone, state: dict[str, Tensor]) -> LoadReport:
-    """Copy `state` into `backbone` in place: our own export, timm's names, or the official DINOv2 names.
+    """Copy `state`, in any layout that `layouts.in_timms_names` knows, into `backbone` in place.
 
-    Every tensor of the backbone must be in `state` with its shape. The only exceptions, each reported: a
-    classifier head is dropped, the position table is resampled, the patch embedding is inflated, the mask
-    token is absent (it keeps its zeros). Input statistics absent from a foreign file stay those of the
-    architecture. Raises ValueError naming every missing, unexpected or mis-shaped tensor; the backbone is
-    then unchanged.
+    Every tensor of the backbone must be in `state` with its shape. The only exceptions, each reported: heads are
+    dropped, the position table is resampled by the backbone's rule, the patch embedding is inflated, the mask token
+    is absent (it keeps its zeros). Input statistics (`mean` and `std`, of RGB or of every channel) absent from a
+    file stay those of the architecture. Raises ValueError naming every missing, unexpected, mis-shaped or
+    non-finite tensor; the backbone is then unchanged.
     """
     target = backbone.state_dict()
-    given = _rename(state, backbone)
+    layout, named = layouts.in_timms_names(state)
     exceptions = []
-    dropped = sorted(name for name in given if _HEAD.match(name.removeprefix("vit.")))
-    if dropped:
-        exceptions.append(f"head dropped: {', '.join(name.removeprefix('vit.') for name in dropped)}")
-        given = {name: tensor for name, tensor in given.items() if name not in dropped}
+    if dropped := sorted(name for name in named if _HEAD.match(name)):
+        parts = sorted({name.split(".")[0] for name in dropped})
+        exceptions.append(f"head dropped: {', '.join(parts)} ({len(dropped)} tensors)")
+    given = _ours({name: tensor for name, tensor in named.items() if name not in dropped}, backbone)
     exceptions += _resample(given, backbone)
     exceptions += _inflate(given, backbone)
     found = len(target.keys() & given.keys())
     if "mask_token" not in given:
         exceptions.append("mask_token absent: kept at zero")
         given["mask_token"] = torch.zeros_like(target["mask_token"])
-    for name in ("mean", "std"):
-        given.setdefault(name, target[name])
+    ruled = [name for name in ("mean", "std") if name not in given]
+    given |= {name: target[name] for name in ruled}
     _check(given, target)
     backbone.load_state_dict(given)
     # Statistics that are the architecture's by rule count as loaded.
-    return LoadReport(
-        found + sum(name not in state for name in ("mean", "std")), len(target), tuple(exceptions)
-    )
+    return LoadReport(found + len(ruled), len(target), tuple(exceptions), layout)
 
 
-def _rename(state: dict[str, Tensor], backbone: Backbone) -> dict[str, Tensor]:
-    """Our names and layouts for timm's and the official ones."""
-    own = any(name.startswith("vit.") for name in state)
-    renamed: dict[str, Tensor] = {}
-    for name, tensor in state.items():
-        if name == "mask_token":
-            renamed[name] = tensor.reshape(-1)
-        elif own or name in ("mean", "std"):
-            renamed[name] = tensor
-        else:
-            renamed["vit." + name.replace("register_tokens", "reg_token")] = tensor
-    table, cls = renamed.get("vit.pos_embed"), renamed.get("vit.cls_token")
-    if backbone.vit.no_embed_class and table is not None and cls is not None:
+def _ours(named: dict[str, Tensor], backbone: Backbone) -> dict[str, Tensor]:
+    """Our names and shapes for timm's."""
+    ours = {name if name in ("mask_token", "mean", "std") else f"vit.{name}": t for name, t in named.items()}
+    if "mask_token" in ours:
+        ours["mask_token"] = ours["mask_token"].reshape(-1)
+    table, cls = ours.get("vit.pos_embed"), ours.get("vit.cls_token")
+    if backbone.vit.no_embed_class and table is not None and cls is not None and table.ndim == 3:
         side = math.isqrt(table.shape[1])
         if side * side + 1 == table.shape[1]:
             # The official table has a CLS entry; with registers timm adds it to the CLS token: the same sum.
-            renamed["vit.cls_token"] = cls + table[:, :1]
-            renamed["vit.pos_embed"] = table[:, 1:]
-    return renamed
+            ours["vit.cls_token"] = cls + table[:, :1]
+            ours["vit.pos_embed"] = table[:, 1:]
+    return ours
 
 
 def _resample(given: dict[str, Tensor], backbone: Backbone) -> list[str]:
     table, own = given.get("vit.pos_embed"), backbone.vit.pos_embed
-    prefix = 0 if backbone.vit.no_embed_class else backbone.vit.num_prefix_tokens
     if table is None or table.shape == own.shape or table.ndim != 3 or table.shape[-1] != own.shape[-1]:
         return []
     height, width = backbone.vit.patch_embed.grid_size
-    given["vit.pos_embed"] = resample_position_table(table, prefix, (height, width))
-    return [f"position table resampled: {table.shape[1] - prefix} to {height * width} patches"]
+    given["vit.pos_embed"] = positions.resample(
+        table, backbone.num_prefix, (height, width), backbone.position
+    )
+    before, after = table.shape[1] - backbone.num_prefix, height * width
+    return [f"position table resampled: {before} to {after} patches, rule {backbone.position}"]
 
 
 def _inflate(given: dict[str, Tensor], backbone: Backbone) -> list[str]:
@@ -156,6 +141,8 @@ def _check(given: dict[str, Tensor], target: dict[str, Tensor]) -> None:
         if given[name].shape != target[name].shape:
             shapes = f"{tuple(given[name].shape)} given, {tuple(target[name].shape)} wanted"
             problems.append(f"mis-shaped {name}: {shapes}")
+        elif not given[name].isfinite().all():
+            problems.append(f"not finite {name}")
     if problems:
         raise ValueError(
             "these weights do not fit the backbone; choose the architecture they were made for: "

@@ -174,9 +174,9 @@ def _other(header: Header) -> Decision | None:
     signs = (
         ("echo planar", "EP" in header.scanning),
         ("diffusion weighting", bool(header.b_value)),
-        ("angiography by its flag", header.angio),
+        ("angiography by its flag", header.angio and gradient),  # GE sets it on spin echoes too
         ("several time points", (header.temporal or 1) > 1),
-        ("another part of the body", any(part in header.body_part for part in OTHER_BODY)),
+        ("another part of the body", _elsewhere(header)),
         (
             "AcquisitionContrast of another kind",
             header.weighting not in ("", "UNKNOWN", "MIXED", *WEIGHTINGS),
@@ -188,6 +188,11 @@ def _other(header: Header) -> Decision | None:
     return next((Decision(None, "NOT_STRUCTURAL", sign) for sign, there in signs if there), None)
 
 
+def _elsewhere(header: Header) -> bool:
+    body = header.body_part or header.study_description.upper()
+    return any(part in body for part in OTHER_BODY) and not any(part in body for part in ("BRAIN", "HEAD"))
+
+
 def _inverted(header: Header) -> bool:
     return "IR" in header.scanning or header.ti is not None
 
@@ -195,6 +200,8 @@ def _inverted(header: Header) -> bool:
 def _weighting(header: Header) -> Decision:
     """Rule 4."""
     names = {contrast for contrast, pattern in NAMES.items() if pattern.search(words(header))}
+    if NAMES["FLAIR"].search(header.sequence_name.lower()):  # of GE
+        names.add("FLAIR")
     if header.tr is None or header.te is None:
         return _by_name(names)
     contrast, reason = _by_attributes(header, "T1w" in names)

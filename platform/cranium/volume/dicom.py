@@ -114,7 +114,7 @@ def convert(path: Path, root: Path, max_bytes: int = nifti.MAX_BYTES) -> Volume:
         affine, shape = lattice(files.planes)
         _run(source, target, max_bytes)
         made, sidecar = _made(target, echo)
-        volume = _agreed(nifti.read(made, max_bytes=max_bytes), affine, shape)
+        volume = _agreed(nifti.read(made, max_bytes=max_bytes, words=False), affine, shape)
     ignored = (Note("FILES_IGNORED", f"{files.ignored} files"),) if files.ignored else ()
     return replace(volume, sha256=files.sha256, notes=volume.notes + ignored, acquisition=reviewed(sidecar))
 
@@ -144,9 +144,9 @@ def lattice(planes: Sequence[Plane]) -> tuple[NDArray[np.float64], tuple[int, in
         raise Rejected(
             "SLICES_UNEVEN", f"{len(planes)} images, or one without position, direction or spacing"
         )
-    table = np.array([(*p.orientation, *p.spacing, *p.shape) for p in planes])
+    table = np.array([(*p.orientation, *p.spacing, *p.shape, *p.kind) for p in planes])
     if not np.isfinite(table).all() or np.abs(table - table[0]).max() > 1e-3:
-        raise Rejected("SLICES_UNEVEN", "its images differ in size, spacing or direction")
+        raise Rejected("SLICES_UNEVEN", "its images differ in size, spacing, direction or kind of number")
     across, down = np.array(first.orientation[:3]), np.array(first.orientation[3:])
     positions = np.array([p.position for p in planes])
     along = positions @ np.cross(across, down)
@@ -197,6 +197,10 @@ def _lay_out(
             continue
         if image.lack:
             raise Rejected("DICOM_TRUNCATED", f"a file is not whole: {image.lack}; download it again")
+        if image.header.inverted or image.header.colour:
+            raise Rejected(
+                "DTYPE", "pixels in colour, or with an inverted grey scale (MONOCHROME1), are no scan"
+            )
         digest = hashlib.sha256(data).hexdigest()
         if hashes.setdefault(image.instance or digest, digest) != digest:
             raise Rejected("SLICES_REPEATED", "two files with different content claim to be the same image")

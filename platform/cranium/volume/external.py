@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from cranium.volume import nifti
 from cranium.volume.masks import Segment, same_grid
+from cranium.volume.quality import Rejected
 
 TIMEOUT_S = 1800.0
 
@@ -62,7 +63,7 @@ def segmenter(words: list[str], timeout_s: float = TIMEOUT_S) -> Segment:
             _call([_filled(word, names) for word in words], timeout_s)
             try:
                 mask = nifti.read(target)
-            except nifti.Rejected as reason:
+            except Rejected as reason:
                 raise ValueError(f"{words[0]} wrote no mask that can be read: {reason}") from reason
         if not same_grid(mask.data.shape, mask.affine, data.shape, affine):
             raise ValueError(f"{words[0]} wrote a mask on other voxels than the scan's")

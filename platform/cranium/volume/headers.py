@@ -44,8 +44,8 @@ TOP = (
     "StudyDescription BodyPartExamined SequenceName PulseSequenceName EchoPulseSequence ScanningSequence "
     "SequenceVariant MRAcquisitionType EchoTime InversionTime AngioFlag AcquisitionContrast ContrastBolusAgent "
     "ContrastBolusAgentSequence ContrastBolusVolume ContrastBolusStartTime NumberOfTemporalPositions "
-    "BurnedInAnnotation SamplesPerPixel NumberOfFrames Rows Columns BitsAllocated SharedFunctionalGroupsSequence "
-    "PerFrameFunctionalGroupsSequence"
+    "BurnedInAnnotation PhotometricInterpretation PixelRepresentation SamplesPerPixel NumberOfFrames Rows Columns "
+    "BitsAllocated SharedFunctionalGroupsSequence PerFrameFunctionalGroupsSequence"
 )
 TAGS = [Tag(keyword) for keyword in (*TOP.split(), *GROUPS, *sorted(set(GROUPS.values())))]
 
@@ -83,6 +83,7 @@ class Header:
     angio: bool
     burned_in: bool
     colour: bool
+    inverted: bool  # the smallest number is the brightest
     body_part: str
     echoes: int = 1  # of its series
     echo: float | None = None  # this one, where the series has several: its echo time
@@ -96,6 +97,7 @@ class Plane:
     orientation: tuple[float, ...]  # direction of increasing column, then of increasing row
     spacing: tuple[float, ...]
     shape: tuple[int, int]
+    kind: tuple[int, int]  # bits of a pixel; signed or not
     echo: float | None
 
 
@@ -203,7 +205,8 @@ def _header(ds: Any) -> Header:
         temporal=_number(ds, "NumberOfTemporalPositions"),
         angio=_text(ds, "AngioFlag").upper() == "Y",
         burned_in=_text(ds, "BurnedInAnnotation").upper() == "YES",
-        colour=(_number(ds, "SamplesPerPixel") or 1) > 1,
+        colour=(_number(ds, "SamplesPerPixel") or 1) > 1 or "COLOR" in _text(ds, "PhotometricInterpretation"),
+        inverted=_text(ds, "PhotometricInterpretation").upper() == "MONOCHROME1",
         body_part=_text(ds, "BodyPartExamined").upper(),
     )
 
@@ -216,6 +219,7 @@ def _planes(ds: Any) -> Iterator[Plane]:
             orientation=_numbers(ds, "ImageOrientationPatient", frame),
             spacing=_numbers(ds, "PixelSpacing", frame),
             shape=(int(ds.get("Rows") or 0), int(ds.get("Columns") or 0)),
+            kind=(int(ds.get("BitsAllocated") or 0), int(ds.get("PixelRepresentation") or 0)),
             echo=echo if echo is not None else _number(ds, "EffectiveEchoTime", frame),
         )
 

@@ -53,7 +53,7 @@ def place(
     notes = []
     if owner is None:
         back = nearest(brain.view(np.uint8).transpose(2, 1, 0), grid.affine_xyz, data.shape, moved)
-        share = np.count_nonzero(back[data > 0]) / max(1, np.count_nonzero(data))
+        share = int(np.count_nonzero(back[data > 0])) / max(1, int(np.count_nonzero(data)))
         if share < MIN_IN_BRAIN:
             raise Rejected(
                 "MASK_GRID", f"on the grid of no scan, and {1 - share:.0%} of it is outside the brain"

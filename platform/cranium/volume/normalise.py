@@ -176,7 +176,7 @@ def conform(
         dice = None if first is None or alike else _dice(inside, first & np.isfinite(values))
         first = inside if first is None else first
         brain |= inside
-        quality[channel], odd = masks.quality(scan, dice)
+        quality[channel], odd = masks.quality(scans[channel], dice)
         notes[channel] = scan.notes + moves.get(channel, ()) + found + odd
     if not notes:
         raise next(iter(rejected.values()))
@@ -278,7 +278,7 @@ def _place(
 
 
 def _dice(a: NDArray[np.bool_], b: NDArray[np.bool_]) -> float:
-    return 2 * np.count_nonzero(a & b) / max(1, np.count_nonzero(a) + np.count_nonzero(b))
+    return 2 * int(np.count_nonzero(a & b)) / max(1, int(np.count_nonzero(a)) + int(np.count_nonzero(b)))
 
 
 def _centre(scan: Masked) -> NDArray[np.float64]:

@@ -54,6 +54,8 @@ REJECTIONS: Mapping[str, str] = {
     "CONVERT_FAILED": "dcm2niix did not convert the series, or not to what its headers say",
     "CONVERT_SEVERAL": "dcm2niix made several volumes of one series",
     "SESSION_MIXED": "a scan of another day than the rest of its session",
+    "DUP_CONTENT": "the same bytes as a scan of another subject",
+    "PHI_SUSPECT": "text that may identify a person, refused as asked",
 }
 # Of DICOM series that are no scan a cohort could ask for: told, but no more an input that failed than a file that fits
 # no pattern of a NIfTI layout is.
@@ -61,7 +63,7 @@ ASIDE = frozenset({"NOT_MR", "LOCALIZER", "DERIVED", "NOT_STRUCTURAL"})
 NOTES: Mapping[str, str] = {
     "SCALE_ODD": "intensity slope zero or undefined (taken as unscaled), or negative",
     "SPACING_ODD": "unusual voxel spacing, or spacing and affine disagree",
-    "UNITS": "spatial units other than millimetres were converted",
+    "UNITS": "spatial units other than millimetres were converted, or are undefined",
     "SQUEEZED": "a trailing axis of one was dropped",
     "NONFINITE_FILLED": "a few NaN or infinite voxels were set to zero",
     "EXTRA_BYTES": "bytes after the last voxel were ignored",
@@ -76,6 +78,7 @@ NOTES: Mapping[str, str] = {
     "LABELS_CUT": "a part of a label map lies outside the slices kept",
     "CROPPED": "brain outside the field of view of the stack was cut off",
     "PARTIAL_COVER": "the scan does not cover the whole brain mask",
+    "PHI_SUSPECT": "text in header, sidecar or file name that may identify a person; it is not copied",
     "RUN_CHOSEN": "one of several runs was chosen by the declared rule",
     "DERIVED_USED": "an image that its header calls derived was used",
     "CONTRAST_BY_NAME": "the contrast of a DICOM series by its description, where attributes are missing",

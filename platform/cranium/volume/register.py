@@ -73,7 +73,7 @@ def rigid(moving: Masked, fixed: Masked, spacing_mm: float = FINE_MM) -> Aligned
         start = sitk.Euler3DTransform()
         start.SetCenter(((low + high) / 2).tolist())
         found, before, after = _search(images, start, [TURN_SCALE_MM] * 3 + [1.0] * 3)
-    aligned = _measured(np.linalg.inv(_matrix(found)), low, high, before, after)
+    aligned = _measured(_inverse(_matrix(found)), low, high, before, after)
     if aligned.shift_mm > MAX_SHIFT_MM or aligned.turn_degrees > MAX_TURN_DEGREES:
         moved = f"{aligned.shift_mm:.0f} mm and {aligned.turn_degrees:.0f} degrees"
         raise Rejected("REGISTRATION_FAILED", f"would have to move by {moved} to fit the session's reference")
@@ -81,7 +81,7 @@ def rigid(moving: Masked, fixed: Masked, spacing_mm: float = FINE_MM) -> Aligned
 
 
 def affine(moving: Masked, fixed: Masked, spacing_mm: float = FINE_MM) -> Aligned:
-    """Twelve degrees of freedom, for a brain onto a template's: shift by the masks' boxes, then turn, then scale.
+    """Twelve degrees of freedom, for a brain onto a template's: boxes, then a similarity, then all.
 
     Both are compared inside their masks. Raises `Rejected(REGISTRATION_FAILED)` as `rigid`, or for a scale of no head.
     """
@@ -90,13 +90,19 @@ def affine(moving: Masked, fixed: Masked, spacing_mm: float = FINE_MM) -> Aligne
     ends = bounding_box(moving.brain, moving.brain_affine)
     ratio = float(np.prod((ends[1] - ends[0]) / (high - low)) ** (1 / 3))
     with single_thread():
-        images = _images(moving, fixed, low, high, spacing, stripped=True)
+        alike = sitk.Similarity3DTransform()
+        alike.SetCenter(((low + high) / 2).tolist())
+        alike.SetScale(ratio)
+        alike.SetTranslation(((ends[0] + ends[1]) / 2 - (low + high) / 2).tolist())
+        coarse = _images(moving, fixed, low, high, 2 * spacing, stripped=True)
+        alike, _, _ = _search(coarse, alike, [2 * TURN_SCALE_MM] * 3 + [1.0] * 3 + [TURN_SCALE_MM])
         start = sitk.AffineTransform(3)
-        start.SetCenter(((low + high) / 2).tolist())
-        start.SetMatrix((np.eye(3) * ratio).ravel().tolist())
-        start.SetTranslation(((ends[0] + ends[1]) / 2 - (low + high) / 2).tolist())
+        start.SetCenter(alike.GetCenter())
+        start.SetMatrix(alike.GetMatrix())
+        start.SetTranslation(alike.GetTranslation())
+        images = _images(moving, fixed, low, high, spacing, stripped=True)
         found, before, after = _search(images, start, [TURN_SCALE_MM] * 9 + [1.0] * 3)
-    matrix = np.linalg.inv(_matrix(found))
+    matrix = _inverse(_matrix(found))
     scales = np.linalg.svd(matrix[:3, :3], compute_uv=False)
     if scales.min() < MAX_SCALE[0] or scales.max() > MAX_SCALE[1] or np.linalg.det(matrix[:3, :3]) <= 0:
         raise Rejected(
@@ -139,8 +145,10 @@ def _sampled(scan: Masked, grid: Grid, stripped: bool) -> tuple[NDArray[np.float
     values = onto_grid(scan.data, scan.affine, grid)
     brain = onto_grid(scan.brain.view(np.uint8), scan.brain_affine, grid, labels=True).astype(bool)
     seen = np.isfinite(values).astype(np.uint8)
-    if stripped:
-        values, seen = np.where(brain, values, 0), np.ones_like(seen)
+    if stripped:  # outside the brain is darker than anything in it, whatever the scan's own zero
+        low, high = np.percentile(values[brain & (seen > 0)], (0.5, 99.5)) if brain.any() else (0.0, 1.0)
+        share = np.clip((np.nan_to_num(values) - low) / max(float(high - low), 1e-6), 0, 1)
+        values, seen = np.where(brain, 0.25 + share, 0).astype(np.float32), np.ones_like(seen)
     return np.nan_to_num(values), seen, brain
 
 
@@ -207,6 +215,11 @@ def _matrix(transform: Any) -> Affine:
     matrix[:3, :3] = turn
     matrix[:3, 3] = centre + np.array(transform.GetTranslation()) - turn @ centre
     return matrix
+
+
+def _inverse(matrix: Affine) -> Affine:
+    inverse: Affine = np.linalg.inv(matrix).astype(np.float64)
+    return inverse
 
 
 def _measured(matrix: Affine, low: Affine, high: Affine, before: float, after: float) -> Aligned:

@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cranium import bench, bench_rows, bench_stream, corpora
+from cranium.volume import shard
+
+
+def test_cases_are_worked_in_rounds_after_a_warm_up():
+    worked: list[str] = []
+
+    def work(name: str) -> dict[str, float]:
+        worked.append(name)
+        return {"turn": float(len(worked))}
+
+    cases = [
+        bench.Case("a", 10, lambda: work("a")),
+        bench.Case("b", 10, lambda: work("b"), rounds=1, warm=False),
+    ]
+    a, b = bench.measure(cases, rounds=3)
+    assert worked == ["a", "a", "b", "a", "a"]
+    assert len(a.wall) == len(a.cpu) == 3 and len(b.wall) == 1
+    assert a.fact("turn") == 4  # the median of 2, 4 and 5
+
+
+def test_rates_are_of_the_median():
+    measured = bench.Measured("x", 100, "stacks", wall=[1.0, 4.0, 2.0], cpu=[0.1, 0.2, 9.0])
+    assert measured.per_second == 50 and measured.cpu_per_1000 == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize(
+    ("value", "at_least", "met"),
+    [
+        (6, True, "missed"),
+        (7, True, "required"),
+        (11, True, "goal"),
+        (7, False, "required"),
+        (8, False, "missed"),
+    ],
+)
+def test_a_target_is_met_or_not(value, at_least, met):
+    assert bench.Target("x", value, 7, 11 if at_least else 2, at_least).met == met
+
+
+def test_cpu_of_this_process_is_counted():
+    before = bench.tree_cpu()
+    while bench.tree_cpu() - before < 0.05:
+        np.sort(np.random.default_rng(0).random(100_000))
+    with bench.peak_memory(0.01) as peak:
+        held = np.ones(20_000_000)
+        while peak["peak_mb"] < 100:
+            held += 1
+    assert 160 < peak["peak_mb"] < 20_000
+
+
+def test_generated_shards_are_what_their_manifest_says(tmp_path: Path):
+    made = bench_rows.shard_set(tmp_path, 300, 28)
+    corpus = corpora.corpus([made])
+    assert corpus.rows == 300 and corpus.shape == (3, 1, 28, 28)
+    rows = np.load(bench_rows.memmap(made, tmp_path))
+    first = made.manifest()["shards"][0]
+    table = shard.read_row_group(made.path / first["file"], 1)
+    shard.check_rows(table, "")
+    begin = first["row_groups"][0]["rows"]
+    assert np.array_equal(rows[begin : begin + table.num_rows], shard.pixels(table))
+    larger = corpora.corpus([bench_rows.repeated(made, 3)])
+    assert larger.rows == 900 and len(larger.sessions) == 3 * len(corpus.sessions)
+    group = larger.sessions[-1].row_groups[0]
+    assert shard.read_row_group(Path(group.file), group.index).num_rows == group.rows
+
+
+KEYS = {"what", "command", "settings", "machine", "measured", "targets", "notes"}
+
+
+def check(result: dict) -> None:
+    """What a kept result holds."""
+    assert set(result) == KEYS
+    for case in result["measured"]:
+        assert case["per_second"] > 0 and case["items"] > 0 and len(case["wall_seconds"]) >= 1
+    for target in result["targets"]:
+        better = (
+            target["value"] >= target["required"]
+            if target["at_least"]
+            else target["value"] <= target["required"]
+        )
+        assert (target["met"] != "missed") == better
+    text = json.dumps(result)
+    assert not re.search(r"/(home|root|tmp|work|Users)/", text), "no paths of a machine"
+
+
+def test_kept_results_are_whole():
+    folder = Path(__file__).parents[1] / "experiments" / "bench"
+    kept = sorted(folder.glob("*.json"))
+    for path in kept:
+        check(json.loads(path.read_text()))
+
+
+@pytest.mark.flow
+def test_the_benchmark_of_the_stream_runs_and_keeps_its_numbers(ray_cluster, tmp_path: Path):
+    """All of its code, on rows too few and small for the times to mean anything."""
+    spec = bench_stream.Spec(
+        rows=500,
+        size=28,
+        volume=(40, 40, 60),
+        slices=2,
+        growth=2,
+        rounds=1,
+        data=tmp_path,
+        out=tmp_path / "out.json",
+    )
+    said: list[str] = []
+    result = bench_stream.run(spec, said.append)
+    assert spec.out
+    bench.keep(result, spec.out)
+    check(kept := json.loads(spec.out.read_text()))
+    assert {case["name"]: case["items"] for case in kept["measured"]}[
+        "stream"
+    ] == 448  # whole steps of an epoch
+    assert len(kept["targets"]) == 7 and "first_batch_s" in kept["measured"][0]["facts"]
+    table = bench.table(result)
+    assert all(case["name"] in table for case in kept["measured"]) and any(
+        "stacks/s" in line for line in said
+    )

@@ -1,0 +1,60 @@
+"""The pretraining presets: they validate, say what they cost, and continue gently."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cranium import cli, config
+from cranium.config import Experiment
+
+FOLDER = Path(__file__).parents[1] / "experiments" / "pretrain"
+PRESETS = sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+def preset(name: str) -> Experiment:
+    return cli.read_target(FOLDER / f"{name}.yaml", []).exp
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_states_the_cost_that_its_shapes_have(name: str) -> None:
+    exp = preset(name)
+    assert exp.name == name
+    assert str(cli.pretraining_cost(exp)) in exp.cost
+
+
+@pytest.mark.parametrize("size", ["s", "b", "l"])
+def test_there_is_each_size_from_scratch_and_continued(size: str) -> None:
+    scratch, continued = (preset(f"vit{size}14_{kind}").pretrain for kind in ("scratch", "continued"))
+    assert scratch and continued
+    assert scratch.inits == ("scratch",) and continued.inits == ("brainfound",)
+    assert scratch.arch == continued.arch and scratch.arch.startswith(
+        {"s": "vit_small", "b": "vit_base"}.get(size, "vit_large")
+    )
+    assert scratch.optimiser.freeze_backbone == 0.0
+    # Heads are warmed while the backbone stands still, and then it moves at a lower rate than from scratch.
+    assert (
+        continued.optimiser.freeze_backbone >= 0.05
+        and continued.optimiser.warmup > continued.optimiser.freeze_backbone
+    )
+    assert continued.optimiser.lr <= scratch.optimiser.lr / 5
+    assert continued.optimiser.momentum[0] > scratch.optimiser.momentum[0]
+    assert set(continued.cohorts) == set(scratch.cohorts)
+
+
+def test_show_says_steps_images_operations_and_hours() -> None:
+    facts = cli._cost(preset("vits14_brainfound_clean"))
+    assert facts["steps"] == 60_000 and facts["stacks seen"] == 60_000 * 256
+    each = cli.pretraining_cost(preset("vits14_brainfound_clean"))
+    assert facts["FLOPs"].startswith(f"{2 * each.flops:.2e} (157 GFLOPs")  # 16,384 prototypes: 166 at 65,536
+    assert (
+        "A100" in facts["GPU-hours"]
+        and "H100" in facts["GPU-hours"]
+        and "40% of its peak" in facts["GPU-hours"]
+    )
+
+
+def test_pretraining_on_blank_slices_is_refused() -> None:
+    with pytest.raises(config.UserError, match="min_brain"):
+        config.load_experiment(FOLDER / "vits14_scratch.yaml", ["ingest.min_brain=0"])
