@@ -464,22 +464,39 @@ def _cost(exp: Experiment) -> dict[str, Any]:
     return cost
 
 
+Verified = Annotated[
+    Path,
+    typer.Argument(metavar="FILE.yaml|FOLDER", help="an experiment, a card, or the folder of one shard set"),
+]
+
+
 @app.command()
-def verify(file: Yaml, settings: Settings = None, json: Json = False, debug: Debug = False) -> None:
-    """Re-check every shard by its SHA-256."""
+def verify(file: Verified, settings: Settings = None, json: Json = False, debug: Debug = False) -> None:
+    """Read every shard again: is it still as it was written?"""
 
     def work() -> Outcome:
-        from cranium import flow
+        from rich.console import Console
 
-        target = read_target(file, settings)
-        checked = flow.verify(target.exp, target.machine)
-        if not checked:
-            raise UserError(
-                "NOT_INGESTED", f"no cohort of {target.exp.name} is ingested; run `cranium ingest {file}`"
-            )
-        for name, shards in checked.items():
-            print(f"{name}: {shards} shards as written")
-        return Outcome(0, {"shards": checked})
+        from cranium import flow
+        from cranium.store import Artefact
+
+        if file.is_dir():
+            sets = [Artefact(file.absolute())]
+        else:
+            target = read_target(file, settings)
+            sets = flow.shard_sets(target.exp, target.machine)
+            if not sets:
+                raise UserError(
+                    "NOT_INGESTED", f"no cohort of {target.exp.name} is ingested; run `cranium ingest {file}`"
+                )
+        found = flow.verify(sets, Console(highlight=False))
+        problems = [(name, problem) for name, listed in found.items() for problem in listed]
+        for name, p in problems:
+            kind = "note" if p.code == "SHARD_UNKNOWN" else "error"
+            print(f"{kind} {p.code}: {name}/{p.file} {p.message}; {p.mend}", file=sys.stderr)
+        bad = any(problem.code != "SHARD_UNKNOWN" for _, problem in problems)
+        listed = [{"set": name, **vars(problem)} for name, problem in problems]
+        return Outcome(1 if bad else 0, {"sets": list(found), "problems": listed})
 
     _finish("verify", work, json, debug)
 

@@ -472,6 +472,9 @@ class Machine(Frozen, validate_default=True):
     """Where things are on this machine: from `key=value` or `CRANIUM_*` variables; never hashed."""
 
     store: Path = Path("cranium-store")
+    shards: str | None = (
+        None  # folder or s3://bucket/prefix that new shard sets are written to; default: the store
+    )
     cache: Path = Path("~/.cache/cranium")
     tracking_uri: str | None = None  # default: sqlite below the store
     address: str | None = None  # of a running Ray cluster; default: a private local one
@@ -491,6 +494,18 @@ class Machine(Frozen, validate_default=True):
         if "://" in str(path) or str(path).startswith("s3:/"):
             raise ValueError(f"{path}: only folders of a (shared) file system can be a store")
         return path.expanduser().absolute()
+
+    @field_validator("shards")
+    @classmethod
+    def _place(cls, place: str | None) -> str | None:
+        if place is None or "://" not in place:
+            return None if place is None else str(Path(place).expanduser().absolute())
+        bucket = place.removeprefix("s3://").rstrip("/")
+        if not place.startswith("s3://") or not bucket or "//" in bucket:
+            raise ValueError("give a folder or s3://bucket/prefix")
+        if "@" in bucket:
+            raise ValueError("no credentials here; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
+        return f"s3://{bucket}"
 
     @property
     def tracking(self) -> str:

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from cranium.config import Stream, UserError
 from cranium.store import Artefact
-from cranium.volume import plan
+from cranium.volume import plan, shard
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,9 @@ def corpus(shard_sets: Sequence[Artefact], spec: Stream | None = None) -> Corpus
 
 def _sessions(artefact: Artefact, manifest: Mapping[str, Any]) -> list[plan.Session]:
     groups: dict[tuple[str, str], list[plan.RowGroup]] = {}
+    base = shard.base(artefact.path)
     for entry in manifest["shards"]:
-        file = str(artefact.path / entry["file"])
+        file = f"{base}/{entry['file']}"
         for index, group in enumerate(entry["row_groups"]):
             key = (group["subject"], group["session"])
             groups.setdefault(key, []).append(plan.RowGroup(file, index, group["rows"]))

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from cranium import checkpoint, store
+from cranium import checkpoint, shardset, store
 from cranium.config import Embed, Experiment, Machine, UserError
 from cranium.store import Artefact
 from cranium.volume import shard
@@ -122,8 +122,8 @@ def _write(
     import ray
 
     items = [
-        {"file": str(shard_set.path / entry["file"]), "index": index}
-        for entry in manifest["shards"]
+        {"file": file, "index": index}
+        for file, entry in zip(shardset.files(shard_set, manifest), manifest["shards"], strict=True)
         for index in range(len(entry["row_groups"]))
     ]
     compute = spec.compute
@@ -173,7 +173,7 @@ class Encoder:
         return pa.concat_tables(self._row_group(item["file"], item["index"]) for item in items.to_pylist())
 
     def _row_group(self, file: str, index: int) -> pa.Table:
-        table = shard.read_row_group(Path(file), index)
+        table = shard.read_row_group(file, index)
         shard.check_rows(table, f"{file}, row group {index}")
         features = encode(self.backbone, shard.pixels(table), self.features, self.batch_size, self.device)
         raw = pa.array([row.tobytes() for row in features], pa.binary(features.shape[1] * 4))

@@ -11,7 +11,7 @@ import json
 import os
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -27,7 +27,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from cranium import cluster, store, track
+from cranium import cluster, store, track, trust
 from cranium.cards import Card
 from cranium.config import Experiment, Machine, UserError, fingerprint, share, to_yaml
 from cranium.store import Artefact
@@ -245,6 +245,8 @@ def pretrain(study: Study, sets: Mapping[str, Artefact] | None = None) -> dict[s
         fresh = not made.done
         if fresh:
             _write_resolved(study, made)
+            for shards in corpus:
+                trust.check(shards)
             with _without(study, init), study.stage(name) as tell, cluster.connect(study.machine):
                 live = _live(study, init, made, tell)
                 stage.pretrain(study.exp, study.machine, init, corpus, live, _monitored(study, sets))
@@ -288,6 +290,7 @@ def embed(
             if made.done:
                 study.skipped(name)
             else:
+                trust.check(sets[cohort])
                 with _without(study, init), study.stage(name) as tell, cluster.connect(study.machine):
                     stage.embed(exp, study.machine, init, sets[cohort], weights, tell)
             if made.done:
@@ -591,26 +594,24 @@ def status(exp: Experiment, machine: Machine) -> list[tuple[str, str, str]]:
     return found
 
 
-def verify(exp: Experiment, machine: Machine) -> dict[str, int]:
-    """Shard sets of the experiment's cohorts -> how many shards were read and found as written.
+def shard_sets(exp: Experiment, machine: Machine) -> list[Artefact]:
+    """Every finished shard set of the experiment's cohorts, all versions of it."""
+    return [made for cohort in exp.ingest.cohorts for made in store.find(machine.store, "ingest", cohort)]
 
-    Raises `UserError(SHARD_CORRUPT)` naming each file that is absent or has another SHA-256.
-    """
-    checked, bad = dict[str, int](), []
-    for made in store.find(machine.store, "ingest"):
-        manifest = made.manifest()
-        if manifest["cohort"] not in exp.ingest.cohorts:
-            continue
-        for entry in manifest["shards"]:
-            path = made.path / entry["file"]
-            if not path.is_file() or store.sha256(path) != entry["sha256"]:
-                bad.append(str(path))
-        checked[made.id] = len(manifest["shards"])
-    if bad:
-        raise UserError(
-            "SHARD_CORRUPT", f"not as written: {', '.join(bad)}; remove their folder and ingest again", 1
-        )
-    return checked
+
+def verify(sets: Sequence[Artefact], console: Console) -> dict[str, list[trust.Problem]]:
+    """What is wrong with each shard set, by its id; everything is read again."""
+    found: dict[str, list[trust.Problem]] = {}
+    for made in sets:
+        with _bar(console, made.id) as tell:
+            try:
+                problems = trust.verify(made, tell)
+            except UserError as error:  # of the manifest
+                problems = [trust.Problem(error.code, store.MANIFEST, str(error), "then verify again")]
+        found[made.id] = problems
+        if not problems:
+            console.print(f"{made.id}: {len(made.manifest()['shards'])} shards as written", highlight=False)
+    return found
 
 
 # ---- tracking: never costs the work ---------------------------------------------------------------------------------

@@ -2,7 +2,8 @@
 
 Each session becomes a part (its row groups, and a record) in `work/`, written by a Ray task; then parts are packed, in
 order, into content-named shards, again by tasks. So no pixel passes through the driver or the object store, and an
-ingest that was killed goes on where it was: what has a record is not read again. The manifest is committed last.
+ingest that was killed goes on where it was: what has a record is not read again. Sessions that an earlier version of
+the set has, from the same files, are taken from its shards. The manifest is committed last.
 """
 
 from __future__ import annotations
@@ -11,24 +12,26 @@ import base64
 import errno
 import json
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 from numpy.typing import NDArray
 
-from cranium import cohort, provisions, shardset, store
+from cranium import cohort, config, place, provisions, shardset, store, versions
 from cranium.cards import Card
 from cranium.config import Compute, Ingest, Machine, UserError
+from cranium.place import Where, at
 from cranium.provisions import Provisions
 from cranium.store import Artefact
 from cranium.volume import fingerprint, labels, measure, nifti, normalise, shard, slices
 from cranium.volume.quality import ASIDE, Rejected
 
 Progress = Callable[[int, int, str], None]
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def ingest(
@@ -42,18 +45,32 @@ def ingest(
     _check_spec(card, spec)
     table = _scan(card, raw, machine, progress)
     target = _target(card, spec, table, machine)
-    if target.done:
+    base = _base(target, machine)
+    if target.done and not (target.path / "work").is_dir():
         return target
-    with store.lock(machine.store, target.id):
-        if not target.done:
-            try:
+    try:
+        with store.lock(machine.store, target.id), place.reachable(base):
+            if target.done:
+                shardset.tidy(target, base)  # the last one was killed between its manifest and its end
+            else:
                 needs = provisions.provide(spec, machine, target.path / "work" / "provisions")
-                _make(card, spec, table, target, needs, progress or (lambda done, total, text: None))
-            except OSError as error:
-                if error.errno not in FULL:
-                    raise
-                message = f"{target.path} cannot be written ({error.strerror}); free space and run again"
-                raise UserError("NO_SPACE", message, 1) from error
+                tell = progress or (lambda done, total, text: None)
+                _make(card, spec, table, target, base, machine, needs, tell)
+    except UserError:
+        raise
+    except OSError as error:
+        if error.errno not in FULL + REFUSED:
+            raise
+        code, mend = (
+            ("NO_SPACE", "free space") if error.errno in FULL else ("NOT_WRITABLE", "make it writable")
+        )
+        message = f"{base} cannot be written ({os.strerror(error.errno)}); {mend} and run again"
+        raise UserError(code, message, 1) from error
+    except Exception as error:
+        if not place.is_remote(base) or place.absent(at(base, store.MANIFEST)):
+            raise
+        message = f"{base} was finished by another process meanwhile; run again to use what it made"
+        raise UserError("BUSY", message) from error
     return target
 
 
@@ -67,7 +84,15 @@ def _scan(card: Card, raw: Path, machine: Machine, progress: Progress | None = N
 
 
 def _target(card: Card, spec: Ingest, table: cohort.CohortTable, machine: Machine) -> Artefact:
-    return store.artefact(machine.store, "ingest", card.name, _key(card, spec, table))
+    target = store.artefact(machine.store, "ingest", card.name, _key(card, spec, table))
+    with place.reachable(_base(target, machine)):
+        shardset.fetch(target, _base(target, machine))
+    return target
+
+
+def _base(target: Artefact, machine: Machine) -> Where:
+    """The folder the shards are written to."""
+    return at(machine.shards, "ingest", target.path.name) if machine.shards else target.path
 
 
 def _check_spec(card: Card, spec: Ingest) -> None:
@@ -115,20 +140,20 @@ class _Job:
 
     cohort: str
     root: Path
-    folder: Path  # of the artefact
+    folder: Where  # of the shard set
     spec: Ingest
     classes: dict[str, tuple[int, ...]] = field(default_factory=dict)  # of a label map, and their raw values
     provisions: Provisions = field(default_factory=Provisions)
 
     @property
-    def work(self) -> Path:
-        return self.folder / "work"
+    def work(self) -> Where:
+        return at(self.folder, "work")
 
-    def part(self, index: int) -> Path:
-        return self.work / f"{index:06}.parquet"
+    def part(self, index: int) -> Where:
+        return at(self.work, f"{index:06}.parquet")
 
-    def record(self, index: int) -> Path:
-        return self.work / f"{index:06}.json"
+    def record(self, index: int) -> Where:
+        return at(self.work, f"{index:06}.json")
 
 
 def _ingest_session(row: dict[str, Any], job: _Job) -> dict[str, Any]:
@@ -172,8 +197,8 @@ def _ingest_session(row: dict[str, Any], job: _Job) -> dict[str, Any]:
     record["rejected"] = [
         [*who, *session["scans"][channel][:2], why.code, why.reason] for channel, why in rejected.items()
     ]
-    store.write_atomic(job.record(index), json.dumps(record))
-    return {"index": index}
+    place.write(job.record(index), json.dumps(record))
+    return {"index": index, "stacks": sum(record["row_groups"])}
 
 
 def _label_map(
@@ -225,7 +250,7 @@ def _write_part(
         )
         for start in range(0, len(stacks), shard.MAX_ROWS)
     ]
-    shardset.publish(job.part(index), lambda path: shard.write(path, tables, spec.codec))
+    size = place.publish(job.part(index), lambda path: shard.write(path, tables, spec.codec))
     warnings = [(channel, note) for channel, notes in conformed.notes.items() for note in notes]
     warned = len({channel for channel, _ in warnings})
     warnings += [("segmentation", note) for note in (label_map.notes if label_map else ())]
@@ -256,7 +281,7 @@ def _write_part(
     }
     return {
         "row_groups": [table.num_rows for table in tables],
-        "bytes": job.part(index).stat().st_size,
+        "bytes": size,
         "warned": warned,
         "session": columns,
     }
@@ -286,39 +311,27 @@ def _bins(records: Sequence[dict[str, Any]], limit: int) -> list[list[dict[str, 
 
 
 def _pack(row: dict[str, Any], job: _Job) -> dict[str, Any]:
-    """Parts of a run of sessions -> one shard named by its content; its entry for the manifest."""
+    """Row groups of a run of sessions -> one shard; its entry for the manifest."""
     members = json.loads(row["members"])
+    sources: list[tuple[Where, int]] = []
     groups: list[dict[str, Any]] = []
-
-    def tables() -> Iterator[pa.Table]:
-        for record in members:
-            first, step = record["session"]["slice_first"], json.loads(record["session"]["crop"])["slices"][2]
-            for index, rows in enumerate(record["row_groups"]):
-                where = job.part(record["index"])
-                table = shard.read_row_group(where, index)
-                shard.check_rows(table, str(where))
-                names = {name: record["session"][name] for name in ("subject", "session")}
-                groups.append({**names, "rows": rows, "first_slice": first})
-                first += rows * step
-                yield table
-
-    folder = job.folder / "shards"
-    beside = folder / f".packing-{row['index']}"
-    shardset.publish(beside, lambda path: shard.write(path, tables(), job.spec.codec))
-    digest = store.sha256(beside)
-    final = folder / f"{digest[:16]}.parquet"
-    os.replace(beside, final)
-    entry = {
-        "file": f"shards/{final.name}",
-        "sha256": digest,
-        "bytes": final.stat().st_size,
-        "rows": sum(group["rows"] for group in groups),
-        "row_groups": groups,
-    }
-    store.write_atomic(job.work / f"shard-{row['index']:05}.json", json.dumps(entry))
-    for record in members:  # only now that the shard is on disk
-        job.part(record["index"]).unlink(missing_ok=True)
-    return {"index": row["index"]}
+    for record in members:
+        if "at" in record:
+            sources += [(at(job.folder, file), index) for file, index in record["at"]]
+        else:
+            sources += [(job.part(record["index"]), index) for index in range(len(record["row_groups"]))]
+        first, names = record["session"]["slice_first"], ("subject", "session")
+        step = json.loads(record["session"]["crop"])["slices"][2]
+        for rows in record["row_groups"]:
+            groups.append(
+                {name: record["session"][name] for name in names} | {"rows": rows, "first_slice": first}
+            )
+            first += rows * step
+    entry = shardset.pack(job.folder, sources, groups, job.spec.codec)
+    place.write(at(job.work, f"shard-{row['index']:05}.json"), json.dumps(entry))
+    if not place.is_remote(job.folder):  # where no lock keeps a second writer out, it may still need them
+        place.remove([job.part(record["index"]) for record in members])  # only now that the shard is on disk
+    return {"index": row["index"], "stacks": entry["rows"]}
 
 
 def _make(
@@ -326,36 +339,91 @@ def _make(
     spec: Ingest,
     table: cohort.CohortTable,
     target: Artefact,
+    base: Where,
+    machine: Machine,
     needs: Provisions,
     progress: Progress,
 ) -> None:
-    job = _Job(card.name, table.root, target.path, spec, dict(card.segmentation), needs)
-    for folder in (job.work, target.path / "shards"):
-        folder.mkdir(parents=True, exist_ok=True)
-    sessions = [wanted for session in table.sessions if (wanted := _wanted(session, spec))["scans"]]
+    job = _Job(card.name, table.root, base, spec, dict(card.segmentation), needs)
+    for folder in (job.work, at(base, "shards")):
+        if not place.is_remote(folder):
+            Path(folder).mkdir(parents=True, exist_ok=True)
+    sessions = [(s, wanted) for s in table.sessions if (wanted := _wanted(s, spec))["scans"]]
+    known = [
+        versions.Session(s.subject, s.session, _inputs(table.root, s, wanted), dict(s.values))
+        for s, wanted in sessions
+    ]
+    pixels = _pixels(card, spec)
+    earlier = store.find(machine.store, "ingest", card.name)
+    kept = versions.keep(base, earlier, pixels, known, spec.shard_mb << 20)
+    have = place.names(job.work)
     todo = [
         {"index": i, "session": json.dumps(wanted)}
-        for i, wanted in enumerate(sessions)
-        if not job.record(i).is_file()
+        for i, (_, wanted) in enumerate(sessions)
+        if i not in kept.records and f"{i:06}.json" not in have
     ]
-    for done, _ in enumerate(_on_ray(todo, _ingest_session, job), len(sessions) - len(todo) + 1):
-        progress(done, len(sessions), f"{card.name}: sessions read")
-    records = [json.loads(job.record(i).read_text()) for i in range(len(sessions))]
-    bins = _bins([record for record in records if record["row_groups"]], spec.shard_mb << 20)
-    entry_paths = [job.work / f"shard-{i:05}.json" for i in range(len(bins))]
+    _work(todo, _ingest_session, job, len(sessions), progress, f"{card.name}: sessions read")
+    fresh = [i for i in range(len(sessions)) if i not in kept.records]
+    read = map(json.loads, place.read_all([job.record(i) for i in fresh]))
+    by_index = kept.records | dict(zip(fresh, read, strict=True))
+    records = [by_index[i] for i in range(len(sessions))]
+    bins = _bins([r for r in records if r["row_groups"] and "kept" not in r], spec.shard_mb << 20)
     todo = [
         {"index": i, "members": json.dumps(members)}
         for i, members in enumerate(bins)
-        if not entry_paths[i].is_file()
+        if f"shard-{i:05}.json" not in have
     ]
-    for done, _ in enumerate(_on_ray(todo, _pack, job), len(bins) - len(todo) + 1):
-        progress(done, len(bins), f"{card.name}: shards written")
-    shards = [json.loads(path.read_text()) for path in entry_paths]
+    _work(todo, _pack, job, len(bins), progress, f"{card.name}: shards written")
+    entries = place.read_all([at(job.work, f"shard-{i:05}.json") for i in range(len(bins))])
+    shards = sorted(
+        [*kept.shards, *map(json.loads, entries)],
+        key=lambda entry: (entry["row_groups"][0]["subject"], entry["row_groups"][0]["session"]),
+    )
+    done = [
+        shardset.Done(
+            one.subject, one.session, one.inputs, {k: v for k, v in record.items() if k not in OURS}
+        )
+        for one, record in zip(known, records, strict=True)
+    ]
+    version: dict[str, Any] = {"pixels": pixels}
+    if kept.source:
+        version["reused"] = {"from": kept.source, "sessions": len(kept.records), "shards": len(kept.shards)}
     channels = {_source(spec, channel) for channel in spec.channels}
     refused = tuple(
         r for r in table.refused if r.contrast in channels or (not r.contrast and r.code not in ASIDE)
     )
-    shardset.commit(target, card, spec, records, shards, refused, table.notes, table.overlap_ids)
+    version["overlap_ids"] = (
+        table.overlap_ids
+    )  # other cohort -> our subject -> theirs, of overlaps with a mapping
+    shardset.commit(target, base, card, spec, done, shards, refused, table.notes, version)
+
+
+OURS = ("index", "at", "kept")  # of a record, while work goes on
+
+
+def _pixels(card: Card, spec: Ingest) -> str:
+    """Fingerprint of what shapes rows beside the files: versions that share it can share shards."""
+    shapes = card.model_dump(mode="json", include={"name", "layouts", "segmentation"})
+    return config.fingerprint([shardset.RECIPE, shapes, spec.preprocessing, spec.codec, spec.shard_mb])
+
+
+def _inputs(root: Path, session: cohort.Session, wanted: dict[str, Any]) -> str:
+    """Fingerprint of what is read for a session: names, and the size and time of every file."""
+    paths = {path for scan in session.scans.values() for path in (scan.path, scan.mask) if path}
+    paths |= {session.segmentation} if session.segmentation else set()
+    asked = {key: value for key, value in wanted.items() if key != "values"}
+    return config.fingerprint([asked, {path: _look(root / path) for path in paths}])
+
+
+def _look(path: Path) -> list[Any] | None:
+    """Size and time of a file, or of all files of a DICOM series."""
+    try:
+        if path.is_dir():
+            return [[str(p.relative_to(path)), _look(p)] for p in sorted(path.rglob("*")) if not p.is_dir()]
+        stat = path.stat()
+    except OSError:
+        return None
+    return [stat.st_size, stat.st_mtime_ns]
 
 
 def _wanted(session: cohort.Session, spec: Ingest) -> dict[str, Any]:
@@ -364,6 +432,21 @@ def _wanted(session: cohort.Session, spec: Ingest) -> dict[str, Any]:
     scans = {channel: (s.contrast, s.path, s.mask, s.note) for channel, s in found.items() if s}
     names = {"subject": session.subject, "session": session.session}
     return {**names, "scans": scans, "values": dict(session.values), "segmentation": session.segmentation}
+
+
+def _work(
+    todo: list[dict[str, Any]],
+    work: Callable[..., dict[str, Any]],
+    job: _Job,
+    total: int,
+    progress: Progress,
+    text: str,
+) -> None:
+    """Do what is left of `total`, telling how far it is and how fast it goes."""
+    begun, stacks = time.monotonic(), 0
+    for done, row in enumerate(_on_ray(todo, work, job), total - len(todo) + 1):
+        stacks += row["stacks"]
+        progress(done, total, f"{text}, {stacks / max(1e-3, time.monotonic() - begun):,.0f} stacks/s")
 
 
 def _on_ray(
@@ -390,6 +473,6 @@ def _guarded(row: dict[str, Any], work: Callable[..., dict[str, Any]], job: _Job
     try:
         return {**work(row, job), "errno": 0}
     except OSError as error:
-        if error.errno not in FULL:
+        if error.errno not in FULL + REFUSED:
             raise
-        return {"index": row["index"], "errno": error.errno}
+        return {"index": row["index"], "stacks": 0, "errno": error.errno}

@@ -2,16 +2,16 @@
 
 `shards/<16 hex>.parquet` are named by their content and never change. `manifest.json`, committed last, lists them with
 their row groups and SHA-256; `sessions.parquet` holds what is known of each session, `quarantine.parquet` every scan
-that was rejected. Readers take the list from the manifest, never the folder.
+that was rejected, `records.parquet` what the next version may re-use. Readers take the list from the manifest, never
+the folder. Where shards lie elsewhere (`s3://...`), the store has copies of manifest and tables, and a file `place`.
 """
 
 from __future__ import annotations
 
 import base64
-import os
-import shutil
+import json
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 import cranium
-from cranium import cohort, store
+from cranium import cohort, place, store, trust
 from cranium.cards import Card
 from cranium.config import Ingest, UserError, fingerprint
+from cranium.place import Where, at, publish
 from cranium.store import Artefact
 from cranium.volume import shard
 
@@ -47,71 +48,56 @@ RECORD = {  # columns of sessions.parquet beside those of the card; a string hol
     "fingerprint": pa.binary(),  # that tells the same head in another collection (volume/fingerprint.py)
 }
 QUARANTINE = ("cohort", "subject", "session", "contrast", "path", "code", "reason")
+TABLES = ("sessions.parquet", "quarantine.parquet", "records.parquet")
 
 
-def publish(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write beside, flush to disk, rename: the file is there whole or not at all."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(beside)
-        with beside.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+@dataclass(frozen=True)
+class Done:
+    """What became of a session: `inputs` says what its files were, `record` what was made of them."""
+
+    subject: str
+    session: str
+    inputs: str
+    record: dict[str, Any]
 
 
-# ---- committing --------------------------------------------------------------------------------------------------
+def files(artefact: Artefact, manifest: dict[str, Any]) -> list[str]:
+    """Where each of the manifest's shards lies: a local path, or `s3://...` (which is no path)."""
+    base = shard.base(artefact.path)
+    return [str(at(base, entry["file"])) for entry in manifest["shards"]]
+
+
+# ---- committing -----------------------------------------------------------------------------------------------------
 
 
 def commit(
     target: Artefact,
+    base: Where,
     card: Card,
     spec: Ingest,
-    records: list[dict[str, Any]],
+    done: Sequence[Done],
     shards: list[dict[str, Any]],
     refused: tuple[cohort.Refused, ...],
     notes: tuple[str, ...],
-    overlap_ids: Mapping[str, Mapping[str, tuple[str, ...]]],
+    version: dict[str, Any],
 ) -> None:
-    """Write the tables, check that everything adds up, commit the manifest, remove what was in the way."""
+    """Write the tables, check that everything adds up, commit the manifest, remove what was in the way.
+
+    `base` is the folder the shards are in. `version` (what shapes pixels, what was re-used) goes into the manifest.
+    """
     unread = [[card.name, r.subject, r.session, r.contrast, r.path, r.code, r.reason] for r in refused]
-    rejected = sorted([row for record in records for row in record["rejected"]] + unread)
-    maps = Counter(record["label_map"] for record in records)
-    sessions = [record["session"] for record in records if record["row_groups"]]
-    scans = sum(record["scans"] for record in records) + len(refused)
-    warned = sum(record["warned"] for record in records)
-    counts = {
-        "scans": scans,
-        "accepted": scans - warned - len(rejected),
-        "warned": warned,
-        "rejected": len(rejected),
-        "sessions": len(sessions),
-        "subjects": len({session["subject"] for session in sessions}),
-        "stacks": sum(entry["rows"] for entry in shards),
-    }
-    if maps.keys() - {
-        None
-    }:  # counted apart, so that the scans add up; unused: no scan of the session was accepted
-        counts |= {f"label_maps_{outcome}": maps[outcome] for outcome in ("accepted", "rejected", "unused")}
-    rejected = sorted(
-        rejected + [record["label_map_rejected"] for record in records if record["label_map_rejected"]]
-    )
+    rejected = sorted([row for one in done for row in one.record["rejected"]] + unread)
+    sessions = [one.record["session"] for one in done if one.record["row_groups"]]
+    counts = counts_of(done, len(unread), shards)
+    rejected = sorted(rejected + [one.record["label_map_rejected"] for one in done if _map_rejected(one)])
     codes = dict(Counter(row[5] for row in rejected))
     if not sessions:
         raise UserError(
             "NOTHING_LEFT", f"{card.name}: every scan was rejected ({codes}), e.g. {rejected[0][4:]}", 3
         )
-    _agree(target, records, shards, counts, sum(bin(s["present"]).count("1") for s in sessions))
-    publish(
-        target.path / "sessions.parquet", lambda path: pq.write_table(_sessions_table(card, sessions), path)
-    )
+    _agree(target, base, done, shards, counts)
     columns = {name: pa.array([row[i] for row in rejected], pa.string()) for i, name in enumerate(QUARANTINE)}
-    publish(target.path / "quarantine.parquet", lambda path: pq.write_table(pa.table(columns), path))
-    listed = {Path(entry["file"]).name for entry in shards}
-    for stray in (target.path / "shards").iterdir():  # of an attempt that was killed
-        if stray.name not in listed:
-            stray.unlink()
+    tables = (_sessions_table(card, sessions), pa.table(columns), _records_table(done))
     manifest = {
         "stage": "ingest",
         "cohort": card.name,
@@ -123,31 +109,97 @@ def commit(
         "dtype": spec.dtype,
         "codec": spec.codec,
         "counts": counts,
-        "missing": {c: sum(not s["present"] >> i & 1 for s in sessions) for i, c in enumerate(spec.channels)},
+        "missing": missing(spec.channels, sessions),
         "shards": shards,
+        "tables": write_tables(base, tables),
         "rejections": codes,
         "notes": list(notes),
-        "overlap_ids": overlap_ids,  # other cohort -> our subject -> theirs, of declared overlaps with a mapping
         "code_version": cranium.__version__,
         "recipe": RECIPE,
         "simulated": card.simulated,
+        **version,
     }
-    store.commit(target.path, manifest)
-    shutil.rmtree(target.path / "work")
+    store.commit(base, manifest, create=True)
+    fetch(target, base)
+    trust.remember(target.path, trust.seen(base, manifest))
+    # Last: while `work` is there, the next ingest knows that there is something left to remove.
+    tidy(target, base)
+
+
+def tidy(target: Artefact, base: Where) -> None:
+    """Remove what work on a finished set left: parts, and shards that its manifest does not list."""
+    listed = {entry["file"].split("/")[1] for entry in store.read_manifest(base)["shards"]}
+    strays = [name for name in place.names(at(base, "shards")) if name not in listed]
+    place.remove([at(base, "shards", name) for name in strays])
+    place.remove([at(base, name) for name in place.names(base) if name.startswith(".")])  # never became whole
+    for folder in dict.fromkeys((str(base), str(target.path))):
+        place.remove_folder(at(folder, "work"))
+
+
+def fetch(target: Artefact, base: Where) -> None:
+    """Copy manifest and tables of a set that is done at `base` into the store: only pixels are read from there."""
+    if str(base) == str(target.path):
+        return
+    try:
+        content = place.read(at(base, store.MANIFEST))
+    except FileNotFoundError:
+        return
+    local = target.path / store.MANIFEST
+    if local.is_file() and local.read_bytes() == content:
+        return
+    store.read_manifest(base)  # of a version that can be read
+    for name in TABLES:
+        place.write(target.path / name, place.read(at(base, name)))
+    place.write(target.path / shard.PLACE, f"{base}\n")
+    place.write(local, content)
+
+
+def counts_of(done: Sequence[Done], refused: int, shards: list[dict[str, Any]]) -> dict[str, int]:
+    """Outcomes of all scans; `refused` is the number of files that were turned away before any was read."""
+    made = [one for one in done if one.record["row_groups"]]
+    rejected = refused + sum(len(one.record["rejected"]) for one in done)
+    scans = refused + sum(one.record["scans"] for one in done)
+    warned = sum(one.record["warned"] for one in done)
+    counts = {
+        "scans": scans,
+        "accepted": scans - warned - rejected,
+        "warned": warned,
+        "rejected": rejected,
+        "sessions": len(made),
+        "subjects": len({one.subject for one in made}),
+        "stacks": sum(entry["rows"] for entry in shards),
+    }
+    maps = Counter(one.record["label_map"] for one in done)
+    if maps.keys() - {
+        None
+    }:  # counted apart, so that scans add up; unused: no scan of the session was accepted
+        counts |= {f"label_maps_{outcome}": maps[outcome] for outcome in ("accepted", "rejected", "unused")}
+    return counts
+
+
+def _map_rejected(one: Done) -> bool:
+    return one.record["label_map_rejected"] is not None
+
+
+def missing(channels: Sequence[str], sessions: Sequence[dict[str, Any]]) -> dict[str, int]:
+    return {c: sum(not s["present"] >> i & 1 for s in sessions) for i, c in enumerate(channels)}
 
 
 def _agree(
-    target: Artefact,
-    records: list[dict[str, Any]],
-    shards: list[dict[str, Any]],
-    counts: dict[str, int],
-    channels: int,
+    target: Artefact, base: Where, done: Sequence[Done], shards: list[dict[str, Any]], counts: dict[str, int]
 ) -> None:
     """Rows read back from the shards are the rows that sessions made; every scan has one outcome. Else a bug."""
-    made = [rows for record in records for rows in record["row_groups"]]
-    stored = [rows for entry in shards for rows in shard.read_footer(target.path / entry["file"]).row_groups]
-    if made != stored or counts["stacks"] != sum(made):
+    made = {(one.subject, one.session): one.record["row_groups"] for one in done if one.record["row_groups"]}
+    stored: dict[tuple[str, str], list[int]] = {}
+    for entry in shards:
+        rows = shard.read_footer(at(base, entry["file"])).row_groups
+        for group, found in zip(entry["row_groups"], rows, strict=True):
+            stored.setdefault((group["subject"], group["session"]), []).append(found)
+    if made != stored or counts["stacks"] != sum(map(sum, made.values())):
         raise RuntimeError(f"{target.id}: sessions made row groups {made}, the shards hold {stored}")
+    channels = sum(
+        bin(one.record["session"]["present"]).count("1") for one in done if one.record["row_groups"]
+    )
     if counts["accepted"] < 0 or counts["accepted"] + counts["warned"] != channels:
         raise RuntimeError(
             f"{target.id}: the counts do not add up: {counts}, {channels} channels are present"
@@ -160,60 +212,52 @@ def _sessions_table(card: Card, sessions: list[dict[str, Any]]) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=pa.schema(list(layout.items())))
 
 
-# ---- trust ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Problem:
-    code: str  # SHARD_MISSING | SHARD_CORRUPT | SHARD_SCHEMA | SHARD_HASH | SHARD_UNKNOWN
-    file: str
-    message: str
-
-
-def verify(artefact: Artefact, full: bool = True) -> list[Problem]:
-    """Compare the shards with the manifest: presence, size, footer; stray files; with `full` also SHA-256."""
-    manifest = artefact.manifest()
-    problems = [p for entry in manifest["shards"] if (p := _problem(artefact, manifest, entry, full))]
-    listed = {Path(entry["file"]).name for entry in manifest["shards"]}
-    folder = artefact.path / "shards"
-    strays = (
-        sorted(p.name for p in folder.glob("*.parquet") if p.name not in listed) if folder.is_dir() else []
-    )
-    unknown = [
-        Problem("SHARD_UNKNOWN", f"shards/{name}", "is in no manifest, so it is never read")
-        for name in strays
+def _records_table(done: Sequence[Done]) -> pa.Table:
+    rows = [
+        {"subject": d.subject, "session": d.session, "inputs": d.inputs, "record": json.dumps(d.record)}
+        for d in done
     ]
-    return problems + unknown
+    return pa.Table.from_pylist(
+        rows, pa.schema([(name, pa.string()) for name in ("subject", "session", "inputs", "record")])
+    )
 
 
-def check(artefact: Artefact) -> None:
-    """The cheap check before a step is made: presence, size, footer. Raises `UserError` naming the first problem."""
-    if problems := [p for p in verify(artefact, full=False) if p.code != "SHARD_UNKNOWN"]:
-        first, more = problems[0], f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        remedy = f"restore it, or remove {artefact.path} and ingest again"
-        raise UserError(first.code, f"{artefact.id}/{first.file} {first.message}{more}; {remedy}")
+def write_tables(base: Where, tables: Iterable[pa.Table]) -> dict[str, str]:
+    """Name -> SHA-256."""
+    hashes = {}
+    for name, table in zip(TABLES, tables, strict=True):
+
+        def write(path: Path, table: pa.Table = table, name: str = name) -> None:
+            pq.write_table(table, path)
+            hashes[name] = store.sha256(path)
+
+        publish(at(base, name), write)
+    return hashes
 
 
-def _problem(
-    artefact: Artefact, manifest: dict[str, Any], entry: dict[str, Any], full: bool
-) -> Problem | None:
-    path = artefact.path / entry["file"]
-    try:
-        footer = shard.read_footer(path)
-    except shard.ShardError as error:
-        return Problem(
-            error.code, entry["file"], "is missing" if error.code == "SHARD_MISSING" else str(error)
-        )
-    if path.stat().st_size != entry["bytes"]:
-        return Problem(
-            "SHARD_CORRUPT", entry["file"], f"has {path.stat().st_size} bytes, not {entry['bytes']}"
-        )
-    rows = tuple(group["rows"] for group in entry["row_groups"])
-    expected = shard.Footer(rows, tuple(manifest["shape"]), tuple(manifest["channels"]), manifest["dtype"])
-    if footer != expected:
-        return Problem(
-            "SHARD_CORRUPT", entry["file"], "has other row groups, shape or channels than the manifest says"
-        )
-    if full and store.sha256(path) != entry["sha256"]:
-        return Problem("SHARD_HASH", entry["file"], "has other bytes than the manifest says")
-    return None
+def records(folder: Path) -> list[Done]:
+    """What became of each session of a finished set."""
+    return [Done(**(row | {"record": json.loads(row["record"])})) for row in _read(folder / TABLES[2])]
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = pq.read_table(path).to_pylist()
+    return rows
+
+
+def pack(
+    base: Where, sources: Sequence[tuple[Where, int]], groups: list[dict[str, Any]], codec: shard.Codec
+) -> dict[str, Any]:
+    """Copy row groups (file, index) into one shard named by its content; its entry for the manifest."""
+
+    def tables() -> Iterator[pa.Table]:
+        for where, index in sources:
+            table = shard.read_row_group(where, index)
+            shard.check_rows(table, f"{where}, row group {index}")
+            yield table
+
+    name, digest, size = place.publish_by_content(
+        at(base, "shards"), ".parquet", lambda path: shard.write(path, tables(), codec)
+    )
+    rows = sum(group["rows"] for group in groups)
+    return {"file": f"shards/{name}", "sha256": digest, "bytes": size, "rows": rows, "row_groups": groups}

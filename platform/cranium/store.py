@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cranium import place
 from cranium.config import UserError, fingerprint
 
 MANIFEST = "manifest.json"
@@ -47,64 +45,54 @@ def artefact(store: Path, stage: str, name: str, key: Any) -> Artefact:
     return Artefact(store / stage / f"{name}-{fingerprint(key)[:8]}")
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: place.Where) -> dict[str, Any]:
     """The manifest of a finished artefact. Raises `UserError` when absent, unreadable or of another schema."""
-    path = folder / MANIFEST
+    path = place.at(folder, MANIFEST)
     try:
-        manifest = json.loads(path.read_text())
+        manifest = json.loads(place.read(path))
     except FileNotFoundError:
         raise UserError(
             "NOT_DONE", f"{folder} has no {MANIFEST}: it was never finished; run the stage again"
         ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(
-            "MANIFEST", f"{path} is damaged ({error}); remove its folder and run the stage again"
+            "MANIFEST",
+            f"{path} is damaged ({error}); restore it, or remove its folder and run the stage again",
         ) from None
-    if not isinstance(manifest, dict) or manifest.get("schema_version") != SCHEMA_VERSION:
-        version = manifest.get("schema_version") if isinstance(manifest, dict) else None
+    version = manifest.get("schema_version") if isinstance(manifest, dict) else None
+    if version != SCHEMA_VERSION:
+        newer = isinstance(version, int) and version > SCHEMA_VERSION
+        mend = "upgrade Cranium to read it" if newer else "remove its folder and run the stage again"
         raise UserError(
-            "MANIFEST_VERSION", f"{path} has schema version {version}; this Cranium reads {SCHEMA_VERSION}"
+            "MANIFEST_VERSION",
+            f"{path} has schema version {version}; this Cranium reads {SCHEMA_VERSION}; {mend}",
         )
-    return manifest
+    return dict(manifest)
 
 
-def commit(folder: Path, manifest: dict[str, Any]) -> None:
-    """Make the artefact visible: write its manifest, whole or not at all, after everything else is on disk."""
-    write_atomic(
-        folder / MANIFEST,
-        json.dumps({"schema_version": SCHEMA_VERSION, **manifest}, indent=1, sort_keys=True),
-    )
+def commit(folder: place.Where, manifest: dict[str, Any], create: bool = False) -> None:
+    """Make the artefact visible: write its manifest, whole or not at all, after everything else is on disk.
+
+    With `create` the first of two writers wins and the other gets `UserError(BUSY)`.
+    """
+    content = json.dumps({"schema_version": SCHEMA_VERSION, **manifest}, indent=1, sort_keys=True)
+    try:
+        place.write(place.at(folder, MANIFEST), content, create)
+    except FileExistsError:
+        raise UserError(
+            "BUSY", f"{folder} was finished by another process meanwhile; run again to use what it made"
+        ) from None
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Write beside, flush to disk, rename over: a reader sees the old file or the new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    data = content.encode() if isinstance(content, str) else content
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    place.write(path, content)
 
 
 def discard(folder: Path) -> None:
     """Remove an artefact, its manifest first, so that nobody reads what is half gone."""
     (folder / MANIFEST).unlink(missing_ok=True)
-    shutil.rmtree(folder, ignore_errors=False) if folder.exists() else None
+    place.remove_folder(folder)
 
 
 @contextlib.contextmanager
@@ -130,14 +118,11 @@ def lock(store: Path, name: str) -> Iterator[None]:
         yield
 
 
-def find(store: Path, stage: str) -> list[Artefact]:
-    """Every finished artefact of a stage, by name."""
-    folder = store / stage
-    return (
-        [Artefact(p) for p in sorted(folder.iterdir()) if (p / MANIFEST).is_file()] if folder.is_dir() else []
-    )
+def find(store: Path, stage: str, name: str = "*") -> list[Artefact]:
+    """Every finished artefact of a stage (and a name), in order."""
+    found = sorted((store / stage).glob(f"{name}-????????/{MANIFEST}"))
+    return [Artefact(path.parent) for path in found]
 
 
 def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return place.sha256(path)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -138,6 +139,98 @@ def test_encode_refuses_what_does_not_fit() -> None:
         call((2, *SHAPE), [4, 4])
     with pytest.raises(ValueError, match="channel names"):
         call((1, *SHAPE), [0], ("T1w",))
+
+
+class Foreign(pa.ExtensionType):  # type: ignore[misc]
+    """An extension type whose Python code would run wherever it is registered and such a file is opened."""
+
+    ran = 0
+
+    def __init__(self) -> None:
+        super().__init__(pa.binary(28 * 30 * 3), "tests.foreign")
+
+    def __arrow_ext_serialize__(self) -> bytes:
+        return b"code"
+
+    @classmethod
+    def __arrow_ext_deserialize__(cls, storage: pa.DataType, serialized: bytes) -> Foreign:
+        cls.ran += 1
+        return cls()
+
+
+@pytest.fixture
+def registered() -> Iterator[None]:
+    pa.register_extension_type(Foreign())
+    yield
+    pa.unregister_extension_type("tests.foreign")
+
+
+def test_p9_extension_types_are_refused_before_their_code_runs(tmp_path: Path, registered: None) -> None:
+    _, table = run(0)
+    path = tmp_path / "a.parquet"
+    at = table.schema.get_field_index("pixels")
+    column = pa.ExtensionArray.from_storage(Foreign(), table["pixels"].combine_chunks())
+    pq.write_table(table.set_column(at, "pixels", column), path)
+    pq.ParquetFile(path)
+    assert Foreign.ran > 0  # merely opening it would do
+    Foreign.ran = 0
+    for look in (shard.read_footer, shard.open_file, lambda p: shard.read_row_group(p, 0)):
+        with pytest.raises(shard.ShardError) as error:
+            look(path)
+        assert error.value.code == "SHARD_SCHEMA" and "extension type" in str(error.value)
+    assert Foreign.ran == 0
+    # a schema that hides its length is no way around
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(b"ARROW:schema\x18", b"ARROW:schema\x28"))
+    with pytest.raises(shard.ShardError):
+        shard.open_file(path)
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pytest.param(pa.array([b"x" * 2520] * 5, pa.binary()), id="P9-variable-bytes"),
+        pytest.param(pa.array([[1] * 8] * 5, pa.list_(pa.uint8())), id="P9-list"),
+        pytest.param(pa.array(["x"] * 5), id="P9-text"),
+    ],
+)
+def test_p9_only_our_columns_are_read(tmp_path: Path, column: pa.Array) -> None:
+    """An allow-list: a column of pickles is a column of variable bytes."""
+    _, table = run(0)
+    path = tmp_path / "a.parquet"
+    for changed in (
+        table.set_column(table.schema.get_field_index("pixels"), "pixels", column),
+        table.append_column("more", column),
+    ):
+        pq.write_table(changed, path)
+        with pytest.raises(shard.ShardError) as error:
+            shard.read_footer(path)
+        assert error.value.code == "SHARD_SCHEMA"
+
+
+@pytest.mark.parametrize(
+    ("meta", "says"),
+    [
+        (b"{", "cannot be read"),
+        (b"[]", "cannot be read"),
+        (b'{"schema_version": 1, "dtype": "uint8"}', "cannot be read"),
+        (b'{"schema_version": 2}', "upgrade Cranium"),
+        (b'{"schema_version": 0}', "ingest again"),
+    ],
+)
+def test_p4_a_schema_of_another_version_is_refused(tmp_path: Path, meta: bytes, says: str) -> None:
+    _, table = run(0)
+    path = tmp_path / "a.parquet"
+    pq.write_table(table.replace_schema_metadata({shard.METADATA: meta}), path)
+    with pytest.raises(shard.ShardError, match=says) as error:
+        shard.read_footer(path)
+    assert error.value.code == "SHARD_SCHEMA"
+
+
+def test_shards_elsewhere_are_named_by_a_file_of_their_set(tmp_path: Path) -> None:
+    assert shard.base(tmp_path) == str(tmp_path)
+    (tmp_path / shard.PLACE).write_text("s3://bucket/ingest/x-00000000\n")
+    assert shard.base(tmp_path) == "s3://bucket/ingest/x-00000000"
 
 
 def test_uint16_travels_and_is_said(tmp_path: Path) -> None:

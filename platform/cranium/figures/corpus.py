@@ -147,21 +147,22 @@ def _labels(cohort: Cohort, subject: str) -> str:
     return f" · {values.iloc[0]}" if len(values) and values.iloc[0] else ""
 
 
-def _chosen(cohort: Cohort) -> list[tuple[Path, int, str]]:
+def _chosen(cohort: Cohort) -> list[tuple[str, int, str]]:
     """Row groups (file, index, subject) to show: different conditions, a complete set and one with a gap."""
     whole = 2 ** len(cohort.channels) - 1
-    best: list[tuple[Path, int, str]] = []
+    best: list[tuple[str, int, str]] = []
     seen_conditions: set[str] = set()
     seen_complete: set[bool] = set()
-    spare: list[tuple[Path, int, str]] = []
+    spare: list[tuple[str, int, str]] = []
     subjects: set[str] = set()
+    base = shard.base(cohort.folder)
     looked = 0
     for entry in cohort.manifest["shards"]:
         for group in range(len(entry["row_groups"])):
             looked += 1
             if looked > SEARCHED or len(best) == EXAMPLES:
                 return best or spare[:EXAMPLES]
-            path = cohort.folder / entry["file"]
+            path = f"{base}/{entry['file']}"
             row = shard.read_row_group(path, group, ["subject", "present"]).slice(0, 1).to_pylist()[0]
             condition, complete = _labels(cohort, row["subject"]), row["present"] == whole
             if row["subject"] in subjects:

@@ -42,21 +42,22 @@ class Card:
     loud: bool
 
 
-Groups = dict[tuple[str, str], list[tuple[Path, int, int]]]  # (subject, session) -> file, row group, rows
+Groups = dict[tuple[str, str], list[tuple[str, int, int]]]  # (subject, session) -> file, row group, rows
 
 
 def groups(folder: Path, manifest: dict[str, Any]) -> Groups:
     """Where the row groups of every session lie, in the order of its slices."""
     found: Groups = {}
+    base = shard.base(folder)
     for entry in manifest["shards"]:
         for index, group in enumerate(entry["row_groups"]):
-            place = (folder / entry["file"], index, int(group["rows"]))
+            place = (f"{base}/{entry['file']}", index, int(group["rows"]))
             found.setdefault((group["subject"], group["session"]), []).append(place)
     return found
 
 
 def pictures(
-    where: Sequence[tuple[Path, int, int]], channels: Sequence[str], present: Sequence[bool]
+    where: Sequence[tuple[str, int, int]], channels: Sequence[str], present: Sequence[bool]
 ) -> tuple[Picture, ...]:
     """The middle slice of a session, or of its middle row group the one with most labels, in every channel."""
     middle = sum(rows for *_, rows in where) // 2

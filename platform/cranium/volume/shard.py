@@ -7,12 +7,14 @@ run of at most `MAX_ROWS` slices of one session, so a session is read, added or 
 
 from __future__ import annotations
 
+import base64
 import itertools
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -21,18 +23,21 @@ from isal import isal_zlib
 from numpy.typing import NDArray
 
 Codec = Literal["none", "lz4", "zstd"]
+Where = Path | str  # a string with `://` is in an object store
 Shape = tuple[int, int, int, int]  # [C, S, H, W]
 
 SCHEMA_VERSION = 1
 DTYPES = ("uint8", "uint16")  # of a pixel; little-endian
 MAX_ROWS = 64  # of a row group
 METADATA = b"cranium"
+PLACE = "place"  # a file of a shard set's folder that says where its shards are, when they are elsewhere
+MEND = "restore it, or ingest again"
 META_COLUMNS = ("cohort", "subject", "session", "slice", "num_slices", "present", "crc")
 COLUMNS = ("cohort", "subject", "session", "slice", "num_slices", "present", "pixels", "mask", "crc")
 
 
 class ShardError(ValueError):
-    """A shard that cannot be trusted: `code` is SHARD_MISSING, SHARD_CORRUPT or SHARD_SCHEMA."""
+    """A shard that cannot be trusted: `code` is SHARD_MISSING, SHARD_CORRUPT, SHARD_SCHEMA or SHARD_IO."""
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(code, message)
@@ -159,45 +164,79 @@ def write(path: Path, tables: Iterable[pa.Table], codec: Codec = "none") -> int:
     return rows
 
 
-def read_footer(path: Path) -> Footer:
+def base(folder: Path) -> str:
+    """Below what the file names of a shard set's manifest lie: its folder, or what its file `place` says."""
+    try:
+        return (folder / PLACE).read_text().strip()
+    except FileNotFoundError:
+        return str(folder)
+
+
+def read_footer(where: Where) -> Footer:
     """Row groups, shape and channels, no pixel read. Raises `ShardError` when absent, cut, or not of our schema."""
-    return _footer(_open(path), path)
+    return _footer(open_file(where), where)
 
 
 def read_row_group(
-    path: Path, index: int, columns: Sequence[str] | None = None, verify: bool = False
+    where: Where, index: int, columns: Sequence[str] | None = None, verify: bool = False
 ) -> pa.Table:
     """One row group as a table; `columns` None reads all. `verify` also checks Parquet's page checksums.
 
     Raises `ShardError`. The rows' own CRC is a separate step (`check_rows`), so that it is paid once, by the reader.
     """
-    file = _open(path, verify)
-    _footer(file, path)
+    file = open_file(where, verify)
+    _footer(file, where)
     try:
         return file.read_row_group(
             index, columns=None if columns is None else list(columns), use_threads=False
         )
     except (OSError, pa.ArrowException) as error:
-        raise ShardError(
-            "SHARD_CORRUPT", f"{path} row group {index}: {error}; run `cranium ingest` again"
-        ) from error
+        raise ShardError("SHARD_CORRUPT", f"{where} row group {index}: {error}; {MEND}") from error
 
 
-def _open(path: Path, verify: bool = False) -> pq.ParquetFile:
+def open_file(where: Where, verify: bool = False) -> pq.ParquetFile:
+    """Open a shard on a file system, or at `s3://` through fsspec. Raises `ShardError`."""
     try:
-        return pq.ParquetFile(path, page_checksum_verification=verify)
+        if "://" not in str(where):
+            with Path(where).open("rb") as file:
+                _refuse_extensions(file, where)
+            return pq.ParquetFile(where, page_checksum_verification=verify)
+        import fsspec
+
+        files = fsspec.filesystem(str(where).partition("://")[0], use_listings_cache=False)
+        source = files.open(str(where), "rb", cache_type="none")  # pyarrow asks for the ranges it needs
+        _refuse_extensions(source, where)
+        return pq.ParquetFile(source, page_checksum_verification=verify)
     except FileNotFoundError:
-        raise ShardError(
-            "SHARD_MISSING", f"{path} is missing; restore it or run `cranium ingest` again"
-        ) from None
+        raise ShardError("SHARD_MISSING", f"{where} is missing; {MEND}") from None
+    except PermissionError as error:
+        raise ShardError("SHARD_IO", f"{where} cannot be read ({error}); check its permissions") from error
     except (OSError, pa.ArrowException) as error:
-        raise ShardError(
-            "SHARD_CORRUPT", f"{path}: {error}; restore it or run `cranium ingest` again"
-        ) from error
+        raise ShardError("SHARD_CORRUPT", f"{where}: {error}; {MEND}") from error
 
 
-def _footer(file: pq.ParquetFile, path: Path) -> Footer:
-    # The allow-list keeps extension types and pickled columns out: reading those has run foreign code in Ray.
+def _refuse_extensions(file: BinaryIO, where: Where) -> None:
+    """By the footer's own bytes: `pq.ParquetFile` would already run the Python code of a registered extension type."""
+    end = file.seek(0, 2)
+    file.seek(max(0, end - 8))
+    tail = file.read(8)
+    length = int.from_bytes(tail[:4], "little")
+    if tail[4:] != b"PAR1" or length > end - 12:
+        raise ShardError("SHARD_CORRUPT", f"{where}: its footer is cut or damaged; {MEND}")
+    file.seek(end - 8 - length)
+    footer = file.read(length)
+    # A key and its value in Thrift's compact form; the value is an Arrow schema in base64.
+    schemas = re.findall(rb"ARROW:schema\x18[\x80-\xff]*[\x00-\x7f]([A-Za-z0-9+/]+=*)", footer)
+    if len(schemas) != footer.count(b"ARROW:schema") or any(_has_extension(found) for found in schemas):
+        raise ShardError("SHARD_SCHEMA", f"{where} has an extension type in its schema; no shard has one")
+
+
+def _has_extension(schema: bytes) -> bool:
+    return b"ARROW:extension" in base64.b64decode(schema[: len(schema) // 4 * 4])
+
+
+def _footer(file: pq.ParquetFile, path: Where) -> Footer:
+    # An allow-list: pickled columns, too, have run foreign code in Ray.
     meta = _metadata(file.schema_arrow, str(path))
     shape, channels = tuple(meta["shape"]), tuple(meta["channels"])
     if not file.schema_arrow.equals(schema(shape, channels, meta["dtype"]), check_metadata=False):
@@ -212,13 +251,24 @@ def _metadata(layout: pa.Schema, where: str) -> dict[str, Any]:
     raw = (layout.metadata or {}).get(METADATA)
     if raw is None:
         raise ShardError("SHARD_SCHEMA", f"{where} is no shard of Cranium: its schema has no `cranium` entry")
-    meta: dict[str, Any] = json.loads(raw)
-    if meta.get("schema_version") != SCHEMA_VERSION or meta.get("dtype") not in DTYPES:
-        found = meta.get("schema_version")
+    try:
+        meta: dict[str, Any] = dict(json.loads(raw))
+        found = int(meta["schema_version"])
+        if (
+            found == SCHEMA_VERSION
+            and meta["dtype"] in DTYPES
+            and len(meta["shape"]) == 4
+            and meta["channels"]
+        ):
+            return meta
+    except (ValueError, KeyError, TypeError) as error:
         raise ShardError(
-            "SHARD_SCHEMA", f"{where} has schema version {found}; this Cranium reads {SCHEMA_VERSION}"
-        )
-    return meta
+            "SHARD_SCHEMA", f"{where}: its `cranium` entry cannot be read ({error!r}); {MEND}"
+        ) from None
+    mend = "upgrade Cranium to read it" if found > SCHEMA_VERSION else "ingest again"
+    raise ShardError(
+        "SHARD_SCHEMA", f"{where} has schema version {found}, this Cranium reads {SCHEMA_VERSION}; {mend}"
+    )
 
 
 def stack_shape(rows: pa.Table | pa.RecordBatch) -> Shape:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -32,15 +31,21 @@ def read(items: pa.Table) -> Iterator[pa.Table]:
 
 def _row_group(file: str, index: int) -> pa.Table:
     try:
-        state = os.stat(file)
-        opened = _opened(file, (state.st_ino, state.st_size, state.st_mtime_ns))
-        return opened.read_row_group(index, COLUMNS, use_threads=False)
+        return _opened(file, _state(file)).read_row_group(index, COLUMNS, use_threads=False)
     except (OSError, pa.ArrowException):
-        return shard.read_row_group(Path(file), index, COLUMNS)  # gone or damaged: says how
+        return shard.read_row_group(file, index, COLUMNS)  # gone or damaged: says how
+
+
+def _state(file: str) -> tuple[int, ...]:
+    """Inode, bytes and time of change; () in an object store, where what has this name can only be this."""
+    if "://" in file:
+        return ()
+    state = os.stat(file)
+    return state.st_ino, state.st_size, state.st_mtime_ns
 
 
 @lru_cache(maxsize=64)
-def _opened(file: str, state: tuple[int, int, int]) -> pq.ParquetFile:
-    """A shard whose footer was checked; kept open while its `state` (inode, bytes, time of change) stays."""
-    shard.read_footer(Path(file))
-    return pq.ParquetFile(file)
+def _opened(file: str, state: tuple[int, ...]) -> pq.ParquetFile:
+    """A shard whose footer was checked; kept open while its `state` stays."""
+    shard.read_footer(file)
+    return shard.open_file(file)
