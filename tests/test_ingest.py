@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import phantoms
-from cranium import ingest, shardset
+from cranium import ingest, trust
 from cranium.cards import Card
 from cranium.config import Ingest, Machine
 from cranium.store import Artefact
@@ -57,7 +57,7 @@ def tree(tmp_path: Path) -> Path:
 
 def made(tree: Path, spec: Ingest = SPEC, of: Card | None = None) -> Artefact:
     done = ingest.ingest(of or card(), tree, spec, Machine(store=tree.parent / "store"))
-    assert shardset.verify(done) == []
+    assert trust.verify(done) == []
     return done
 
 

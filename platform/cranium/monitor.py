@@ -57,8 +57,9 @@ def measure(backbone: Backbone, shard_set: Path, spec: Monitor) -> dict[str, flo
 
 def _rows(shard_set: Path, manifest: Mapping[str, Any], most: int) -> dict[str, NDArray[Any]]:
     """Stacks spread evenly over all row groups, `most` in all, with what is known of each."""
+    base = shard.base(shard_set)
     groups = [
-        (shard_set / entry["file"], index, group)
+        (f"{base}/{entry['file']}", index, group)
         for entry in manifest["shards"]
         for index, group in enumerate(entry["row_groups"])
     ]

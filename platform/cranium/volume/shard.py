@@ -215,13 +215,6 @@ def open_file(where: Where, verify: bool = False) -> pq.ParquetFile:
         raise ShardError("SHARD_CORRUPT", f"{where}: {error}; {MEND}") from error
 
 
-def open_checked(where: Where) -> pq.ParquetFile:
-    """Open a shard whose schema is ours, to keep. Raises `ShardError`."""
-    file = open_file(where)
-    _footer(file, where)
-    return file
-
-
 def _refuse_extensions(file: BinaryIO, where: Where) -> None:
     """By the footer's own bytes: `pq.ParquetFile` would already run the Python code of a registered extension type."""
     end = file.seek(0, 2)

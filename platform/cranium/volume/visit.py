@@ -31,20 +31,21 @@ def read(items: pa.Table) -> Iterator[pa.Table]:
 
 def _row_group(file: str, index: int) -> pa.Table:
     try:
-        opened = _opened(file, _state(file))
-        return opened.read_row_group(index, COLUMNS, use_threads=False)
+        return _opened(file, _state(file)).read_row_group(index, COLUMNS, use_threads=False)
     except (OSError, pa.ArrowException):
         return shard.read_row_group(file, index, COLUMNS)  # gone or damaged: says how
 
 
-def _state(file: str) -> tuple[int, int, int]:
+def _state(file: str) -> tuple[int, ...]:
+    """Inode, bytes and time of change; () in an object store, where what has this name can only be this."""
     if "://" in file:
-        return 0, 0, 0  # an object is named by its content; asking would cost a request a row group
-    found = os.stat(file)
-    return found.st_ino, found.st_size, found.st_mtime_ns
+        return ()
+    state = os.stat(file)
+    return state.st_ino, state.st_size, state.st_mtime_ns
 
 
 @lru_cache(maxsize=64)
-def _opened(file: str, state: tuple[int, int, int]) -> pq.ParquetFile:
-    """A shard whose footer was checked; kept open while its `state` (inode, bytes, time of change) stays."""
-    return shard.open_checked(file)
+def _opened(file: str, state: tuple[int, ...]) -> pq.ParquetFile:
+    """A shard whose footer was checked; kept open while its `state` stays."""
+    shard.read_footer(file)
+    return shard.open_file(file)
