@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import phantoms
-from cranium import identity, patterns
+from cranium import cohort, identity, patterns
 from cranium.config import UserError
 from cranium.volume import nifti, privacy
 
@@ -201,7 +201,7 @@ def test_a_private_folder_that_is_not_private_is_refused(tmp_path: Path) -> None
 DRAW = """
 import sys
 from pathlib import Path
-from cranium import identity, patterns
+from cranium import cohort, identity, patterns
 sys.stdin.read()
 print(identity.salt(Path(sys.argv[1])).hex())
 """
@@ -233,3 +233,29 @@ def test_keys_need_the_salt() -> None:
     assert a != identity.subject_key(b"\1" * 32, "adni", "002_S_041") and a != identity.subject_key(
         b"\1" * 32, "adn", "i002_S_0413"
     )
+
+
+def test_people_in_two_collections_are_named_alike_under_keys(tmp_path: Path) -> None:
+    """Keys stand on both sides of an id mapping, and are those that the other collection's shards will hold."""
+    scan = cohort.Scan("T1w", "A1/t1.nii", None)
+    table = cohort.CohortTable(
+        tmp_path,
+        cohort.Layout(files={"T1w": "{subject}/t1.nii"}, unverified=True),
+        tuple(cohort.Session(s, "", {"T1w": scan}, {}) for s in ("A1", "A2")),
+        (),
+        (("A1/t1.nii", 1),),
+        (),
+        (),
+        {"other": {"A1": ("B7",), "A2": ("B8", "B9")}},
+    )
+    plain, _ = identity.admit(table, "mine", False, tmp_path / "store", "x")
+    assert plain.overlap_ids == table.overlap_ids
+    keyed, _ = identity.admit(table, "mine", True, tmp_path / "store", "x")
+    secret = identity.salt(tmp_path / "store")
+    key = {s: identity.subject_key(secret, "mine", s) for s in ("A1", "A2")}
+    assert keyed.overlap_ids == {
+        "other": {
+            key["A1"]: (identity.subject_key(secret, "other", "B7"),),
+            key["A2"]: tuple(identity.subject_key(secret, "other", s) for s in ("B8", "B9")),
+        }
+    }

@@ -48,7 +48,6 @@ RECORD = {  # columns of sessions.parquet beside those of the card; a string hol
     "fingerprint": pa.binary(),  # that tells the same head in another collection (volume/fingerprint.py)
 }
 QUARANTINE = ("cohort", "subject", "session", "contrast", "path", "code", "reason")
-PAGE = "quality.html"  # beside the manifest, made from all this
 TABLES = ("sessions.parquet", "quarantine.parquet", "records.parquet")
 
 

@@ -191,9 +191,6 @@ def rewrite(artefact: Artefact, drop: Callable[[str, str], bool]) -> Rewritten:
         "notes": [note for note in manifest["notes"] if not names.search(note)],
     }
     store.commit(base, fresh)
-    (artefact.path / shardset.PAGE).unlink(
-        missing_ok=True
-    )  # it shows heads and names; `cranium ingest` makes it again
     shardset.tidy(artefact, base)
     shardset.fetch(artefact, base)
     trust.remember(artefact.path, trust.seen(base, fresh))
