@@ -147,3 +147,20 @@ def test_flatten_keeps_every_leaf(value: object) -> None:
 
     flat = track.flatten({"x": value})
     assert len(flat) == leaves(value) and all(isinstance(text, str) for text in flat.values())
+
+
+def test_runs_of_a_forgotten_subject(mlflow_db: str, tmp_path: Path) -> None:
+    tracker = Tracker(mlflow_db, "tiny")
+    runs = [tracker.run(f"key{i}", "sweep", {}) for i in range(2)]
+    for name in ("splits.json", "resolved.yaml"):
+        (tmp_path / name).write_text("{}")
+        for run in runs:
+            tracker.artefact(run, tmp_path / name)
+    for _ in range(2):  # once more changes nothing
+        track.forget(mlflow_db, runs[:1], "2026-11-24", ("splits.json",))
+    client = track._client(mlflow_db)
+    assert [client.get_run(run).data.tags.get("forgotten") for run in runs] == ["2026-11-24", None]
+    kept = [sorted(a.path for a in client.list_artifacts(run)) for run in runs]
+    assert kept == [["resolved.yaml"], ["resolved.yaml", "splits.json"]]
+    with pytest.raises(track.TrackingError):
+        track.forget("http://127.0.0.1:9", runs, "2026-11-24", ())

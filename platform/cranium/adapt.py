@@ -226,5 +226,9 @@ def _commit(
             "undefined": dict(undefined),
             "regularisation": fitted.chosen_by,
             "tags": dict(work.tags),
+            "inputs": [
+                [c.shard_set.name, c.features.name if c.features else None]
+                for c in (work.cohort, *work.external)
+            ],
         },
     )

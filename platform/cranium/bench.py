@@ -66,6 +66,7 @@ class Measured:
     wall: list[float] = field(default_factory=list)  # seconds
     cpu: list[float] = field(default_factory=list)  # seconds, this process and all below it
     facts: list[Mapping[str, float]] = field(default_factory=list)
+    cold: float | None = None  # seconds of the warm-up
 
     @property
     def per_second(self) -> float:
@@ -88,6 +89,7 @@ class Measured:
             "per_second": round(self.per_second, 3),
             "cpu_seconds_per_1000": round(self.cpu_per_1000, 4),
             "wall_seconds": [round(seconds, 4) for seconds in self.wall],
+            "cold_seconds": None if self.cold is None else round(self.cold, 4),
             "cpu_seconds": [round(seconds, 4) for seconds in self.cpu],
             "facts": {name: round(self.fact(name), 4) for name in names},
         }
@@ -152,9 +154,11 @@ def measure(
 ) -> list[Measured]:
     """Work every case once to warm up, then in `rounds` rounds, in turn."""
     found = [Measured(case.name, case.items, case.unit) for case in cases]
-    for case in cases:
+    for case, kept in zip(cases, found, strict=True):
         if case.warm:
+            wall = time.perf_counter()
             case.work()
+            kept.cold = time.perf_counter() - wall
     for number in range(max(case.rounds or rounds for case in cases)):
         for case, kept in zip(cases, found, strict=True):
             if number >= (case.rounds or rounds):

@@ -110,7 +110,7 @@ def _memory(small: corpora.Corpus, large: corpora.Corpus, order: plan.Order, gro
     """Peak private memory (MB) of all processes while the same number of rows is streamed: epochs of the small corpus,
     then one of the large.
     """
-    _streamed(small, order, growth)  # what processes keep for themselves, they have by then
+    _streamed(large, order)  # what processes keep for themselves, they have by then
     found = {}
     for name, corpus, epochs in (("small", small, growth), ("large", large, 1)):
         with bench.peak_memory() as peak:

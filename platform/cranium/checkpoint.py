@@ -22,7 +22,7 @@ from cranium import store, track
 from cranium.config import PRETRAINED_HERE, UserError
 from cranium.models import vit, weights
 from cranium.models.architectures import PositionRule
-from cranium.store import Artefact, sha256
+from cranium.store import Artefact, require_not_forgotten, sha256
 
 BACKBONE = "backbone.safetensors"
 TRAINING = "training.pt"
@@ -149,6 +149,7 @@ def locate(
             raise UserError(
                 "NO_WEIGHTS", f"init {init} needs a pretraining run; run `cranium pretrain` first"
             )
+        require_not_forgotten(pretrained.path)
         start = pretrained.manifest().get("start", {}) if pretrained.done else {}
         return Located(pretrained.path / BACKBONE, pretrained.id, start.get("licence"))
     if init == "dinov2" and weights_file is not None:
@@ -321,6 +322,7 @@ def export(folder: Path, backbone: vit.Backbone, card: Mapping[str, Any]) -> Non
 
 def read_card(folder: Path) -> dict[str, Any]:
     """What `export` wrote beside the tensors: arch, channels, preprocessing hash, config."""
+    require_not_forgotten(folder)
     with safe_open(folder / BACKBONE, framework="pt") as file:
         card: dict[str, Any] = json.loads(file.metadata()["cranium"])
     return card

@@ -580,6 +580,42 @@ def bench(
     _finish("bench", work, json, debug)
 
 
+@app.command()
+def forget(file: Yaml, settings: Settings = None, json: Json = False, debug: Debug = False) -> None:
+    """Take one subject out of the store: subject=ID.
+
+    In an experiment of several cohorts: subject=COHORT/ID. Shards, features, predictions and pages that hold the
+    subject are rewritten or removed, weights that have seen it are marked. The way back is the raw files.
+    """
+
+    def work() -> Outcome:
+        from cranium import forget as stage
+
+        told = [s.removeprefix("subject=") for s in settings or () if s.startswith("subject=")]
+        target = read_target(file, [s for s in settings or () if not s.startswith("subject=")])
+        cohort, subject = _subject(told, list(target.cards))
+        done = stage.forget(target.machine, cohort, subject, lambda text: print(text, flush=True))
+        print(f"forgotten: a subject of {cohort} ({done.lines} lines of logs, {done.runs} runs of MLflow)")
+        left = stage.traces(target.machine, cohort, subject)
+        for path in left:
+            print(f"still named in {target.machine.store / path}: look, and remove it by hand")
+        return Outcome(0, {**vars(done), "cohort": cohort, "still_named_in": left})
+
+    _finish("forget", work, json, debug)
+
+
+def _subject(told: list[str], cohorts: list[str]) -> tuple[str, str]:
+    """Cohort and id of `subject=ID` or `subject=COHORT/ID`."""
+    cohort, slash, subject = told[0].partition("/") if len(told) == 1 else ("", "", "")
+    if not slash and len(cohorts) == 1:
+        cohort, subject = cohorts[0], cohort
+    if not subject or cohort not in cohorts:
+        raise UserError(
+            "USAGE", f"who? give subject=ID, or subject=COHORT/ID with one of {', '.join(cohorts)}"
+        )
+    return cohort, subject
+
+
 # ---- how a command ends ---------------------------------------------------------------------------------------------
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from cranium.cards import Card, Column, Table, Visit
 from cranium.config import UserError
-from cranium.patterns import matching
+from cranium.patterns import matching, tidy
 from cranium.tables import ABSENT, Cells, Folder, find, read
 
 Value = str | float | None
@@ -152,7 +152,8 @@ class _Join:
                     continue
                 subject, session = match["subject"], match.groupdict().get("session") or ""
             if table.session:
-                session = cells[table.session].strip().removeprefix("ses-")
+                session = tidy(cells[table.session].strip().removeprefix("ses-"))
+            subject = subject if owner else tidy(subject.strip())
             key = (self._id(subject), session, *(canonical(cells[name]) for name in table.keys))
             if key in wanted:
                 where = f"{self.files[owner]} line {line}"

@@ -152,6 +152,8 @@ class Ingest(Preprocessing):
     """`cranium ingest`: cohorts -> shards."""
 
     cohorts: tuple[str, ...] = ()
+    identifiers: Literal["plain", "salted"] = "plain"  # of subjects in every output: see docs/privacy.md
+    suspects: Literal["note", "reject"] = "note"  # scans with text around them that may identify a person
     codec: Literal["none", "lz4", "zstd"] = "none"
     shard_mb: int = Field(96, ge=1, le=512)
     compute: Compute = Compute()

@@ -181,6 +181,8 @@ def _count(study: Study, cohort: str, made: Artefact) -> None:
     study.console.print(f"  {cohort}: {text}", highlight=False)
     for note in manifest["notes"]:
         study.note(f"{cohort}: {note}")
+    if gone := len(manifest.get("forgotten", ())):
+        study.note(f"{cohort}: {gone} of its subjects {'is' if gone == 1 else 'are'} forgotten and left out")
     if counts["rejected"]:
         study.rejected = True
         reasons = ", ".join(f"{n} x {code}" for code, n in sorted(manifest["rejections"].items()))
@@ -590,7 +592,8 @@ def status(exp: Experiment, machine: Machine) -> list[tuple[str, str, str]]:
         folder = machine.store / stage
         for path in sorted(folder.iterdir()) if folder.is_dir() else ():
             if path.is_dir() and path.name.startswith(prefixes[stage]):
-                found.append((stage, path.name, "done" if Artefact(path).done else "begun"))
+                state = "done" if Artefact(path).done else "begun"
+                found.append((stage, path.name, "forgotten" if (path / store.TOMBSTONE).exists() else state))
     return found
 
 

@@ -13,14 +13,14 @@ import errno
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
 
-from cranium import cohort, config, place, provisions, shardset, store, versions
+from cranium import cohort, config, identity, place, provisions, shardset, store, versions
 from cranium.cards import Card
 from cranium.config import Compute, Ingest, Machine, UserError
 from cranium.place import Where, at
@@ -125,6 +125,8 @@ def _key(card: Card, spec: Ingest, table: cohort.CohortTable) -> dict[str, Any]:
         "preprocessing": spec.preprocessing,
         "codec": spec.codec,
         "shard_mb": spec.shard_mb,
+        "identifiers": spec.identifiers,
+        "suspects": spec.suspects,
         "files": table.files,
         "tables": [store.sha256(path) for path in table.tables],
         **({"overlap_ids": table.overlap_ids} if table.overlap_ids else {}),
@@ -162,7 +164,14 @@ def _ingest_session(row: dict[str, Any], job: _Job) -> dict[str, Any]:
     slices.limit_threads(spec.compute.threads or max(1, int(spec.compute.cpus_per_worker)))
     wanted = {channel: normalise.Wanted(*scan[1:]) for channel, scan in session["scans"].items()}
     ways = provisions.ways(spec.mask, job.provisions)
-    volumes, scans, rejected = normalise.read_scans(job.root, wanted, ways, spec.orientation)
+    changed = nifti.changed(job.root, session["sizes"])
+    late = {c: changed[p] for c, scan in wanted.items() for p in (scan.path, scan.mask) if p in changed}
+    here = {channel: scan for channel, scan in wanted.items() if channel not in late}
+    volumes, scans, rejected = normalise.read_scans(job.root, here, ways, spec.orientation)
+    rejected |= late
+    if spec.suspects == "reject":
+        rejected |= (refused := nifti.refuse_suspects(volumes))
+        scans = {channel: scan for channel, scan in scans.items() if channel not in refused}
     record: dict[str, Any] = {"index": index, "scans": len(wanted), "warned": 0, "row_groups": []}
     record |= {"label_map": "unused" if session["segmentation"] else None, "label_map_rejected": None}
     who = [job.cohort, session["subject"], session["session"]]
@@ -344,11 +353,14 @@ def _make(
     needs: Provisions,
     progress: Progress,
 ) -> None:
+    salted = spec.identifiers == "salted"
+    table, names = identity.admit(table, card.name, salted, machine.store, target.path.name)
     job = _Job(card.name, table.root, base, spec, dict(card.segmentation), needs)
     for folder in (job.work, at(base, "shards")):
         if not place.is_remote(folder):
             Path(folder).mkdir(parents=True, exist_ok=True)
-    sessions = [(s, wanted) for s in table.sessions if (wanted := _wanted(s, spec))["scans"]]
+    sizes = dict(table.files)
+    sessions = [(s, wanted) for s in table.sessions if (wanted := _wanted(s, spec, sizes))["scans"]]
     known = [
         versions.Session(s.subject, s.session, _inputs(table.root, s, wanted), dict(s.values))
         for s, wanted in sessions
@@ -366,7 +378,8 @@ def _make(
     fresh = [i for i in range(len(sessions)) if i not in kept.records]
     read = map(json.loads, place.read_all([job.record(i) for i in fresh]))
     by_index = kept.records | dict(zip(fresh, read, strict=True))
-    records = [by_index[i] for i in range(len(sessions))]
+    records = identity.cover([by_index[i] for i in range(len(sessions))], [s for s, _ in sessions], names)
+    records = identity.without_copies(records)
     bins = _bins([r for r in records if r["row_groups"] and "kept" not in r], spec.shard_mb << 20)
     todo = [
         {"index": i, "members": json.dumps(members)}
@@ -385,16 +398,17 @@ def _make(
         )
         for one, record in zip(known, records, strict=True)
     ]
-    version: dict[str, Any] = {"pixels": pixels}
+    version: dict[str, Any] = {"pixels": pixels, "forgotten": list(names.forgotten)}
     if kept.source:
         version["reused"] = {"from": kept.source, "sessions": len(kept.records), "shards": len(kept.shards)}
     channels = {_source(spec, channel) for channel in spec.channels}
     refused = tuple(
         r for r in table.refused if r.contrast in channels or (not r.contrast and r.code not in ASIDE)
     )
+    version["identifiers"] = spec.identifiers
     version["overlap_ids"] = (
         table.overlap_ids
-    )  # other cohort -> our subject -> theirs, of overlaps with a mapping
+    )  # other cohort -> our subject -> theirs, where a mapping is declared
     shardset.commit(target, base, card, spec, done, shards, refused, table.notes, version)
 
 
@@ -404,7 +418,8 @@ OURS = ("index", "at", "kept")  # of a record, while work goes on
 def _pixels(card: Card, spec: Ingest) -> str:
     """Fingerprint of what shapes rows beside the files: versions that share it can share shards."""
     shapes = card.model_dump(mode="json", include={"name", "layouts", "segmentation"})
-    return config.fingerprint([shardset.RECIPE, shapes, spec.preprocessing, spec.codec, spec.shard_mb])
+    shapes_too = [spec.preprocessing, spec.codec, spec.shard_mb, spec.suspects]
+    return config.fingerprint([shardset.RECIPE, shapes, *shapes_too])
 
 
 def _inputs(root: Path, session: cohort.Session, wanted: dict[str, Any]) -> str:
@@ -426,12 +441,15 @@ def _look(path: Path) -> list[Any] | None:
     return [stat.st_size, stat.st_mtime_ns]
 
 
-def _wanted(session: cohort.Session, spec: Ingest) -> dict[str, Any]:
+def _wanted(session: cohort.Session, spec: Ingest, sizes: Mapping[str, int]) -> dict[str, Any]:
     """What a task must know of a session: channel -> contrast, path, mask and note of the scan that fills it."""
     found = {channel: session.scans.get(_source(spec, channel)) for channel in spec.channels}
     scans = {channel: (s.contrast, s.path, s.mask, s.note) for channel, s in found.items() if s}
     names = {"subject": session.subject, "session": session.session}
-    return {**names, "scans": scans, "values": dict(session.values), "segmentation": session.segmentation}
+    paths = {path for scan in scans.values() for path in scan[1:3] if path}
+    listed = {path: sizes[path] for path in sorted(paths) if path in sizes}
+    values, label_map = dict(session.values), session.segmentation
+    return {**names, "scans": scans, "values": values, "segmentation": label_map, "sizes": listed}
 
 
 def _work(

@@ -110,16 +110,25 @@ def _units(shard_set: Artefact) -> pd.DataFrame:
     return pd.DataFrame(units)
 
 
-def _resolved(shard_set: Artefact) -> dict[str, dict[str, list[str]]]:
-    """Other collection -> our subject -> theirs, where the card's mapping of ids could be walked at ingest."""
-    return dict(shard_set.manifest().get("overlap_ids") or {})
+def _resolved(cohort: str, shard_sets: ShardSets) -> dict[str, dict[str, list[str]]]:
+    """Other collection -> our subject -> theirs, where the card's mapping of ids could be walked at ingest.
+
+    Not where one of the two holds ids and the other keys for them: those cannot be compared.
+    """
+    manifest = shard_sets[cohort].manifest()
+    found = dict(manifest.get("overlap_ids") or {})
+    named = manifest.get("identifiers")
+    others = {
+        other: shard_sets[other].manifest().get("identifiers") for other in found if other in shard_sets
+    }
+    return {other: ids for other, ids in found.items() if others.get(other, named) == named}
 
 
 def _declared(sides: Mapping[str, Iterable[str]], shard_sets: ShardSets) -> dict[str, set[str]]:
     """side -> the pairs of collections on it that a card's `overlaps:` declares to share people nobody can name."""
     manifests = {c: shard_sets[c].manifest() for cohorts in sides.values() for c in cohorts}
     pairs = {frozenset((c, o["cohort"])) for c, m in manifests.items() for o in m["card"]["overlaps"]}
-    pairs -= {frozenset((c, other)) for c in manifests for other in _resolved(shard_sets[c])}
+    pairs -= {frozenset((c, other)) for c in manifests for other in _resolved(c, shard_sets)}
     return {
         side: {" and ".join(sorted(p)) for p in pairs if p & set(cohorts)} for side, cohorts in sides.items()
     }
@@ -131,7 +140,7 @@ def _translated(
     """For every session of a cohort the people, named in both collections, that an id mapping says it shows."""
     named: dict[str, set[str]] = {}
     for here in tables:
-        for other, ids in _resolved(shard_sets[here]).items():
+        for other, ids in _resolved(here, shard_sets).items():
             for ours, theirs in ids.items():
                 for their in theirs:
                     person = f"{here}/{ours} = {other}/{their}"

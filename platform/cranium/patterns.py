@@ -65,12 +65,34 @@ def compile_pattern(pattern: str) -> re.Pattern[str]:
 
 
 def matching(pattern: str, files: Iterable[str]) -> Iterator[tuple[str, dict[str, str]]]:
-    """The paths that fit a pattern whole, with the fields that they give (Unicode in its composed form)."""
+    """The paths that fit a pattern whole, with the fields that they give (tidy, see `tidy`)."""
     expression = compile_pattern(pattern)
     for path in files:
         if match := expression.fullmatch(path):
             told = {k: v for k, v in match.groupdict().items() if v is not None}
-            yield path, {k: unicodedata.normalize("NFC", v) for k, v in told.items()}
+            yield path, {k: tidy(v) for k, v in told.items()}
+
+
+def tidy(identifier: str, encoded: str = "%/\\") -> str:
+    """An id as it is kept: composed (NFC), and whatever does not print as itself percent-encoded, as are `encoded`.
+
+    So an id is one line of visible text in every table and log, two spellings of one id are one, and two different ids
+    stay different: apart from composition nothing is lost (`urllib.parse.unquote` gives it back). Plain spaces inside
+    stay; control and format characters (newline, tab, marks of direction), other spaces, and bytes of a file name that
+    are no UTF-8 are encoded.
+    """
+    text = unicodedata.normalize("NFC", identifier)
+    last = len(text) - 1
+    return "".join(
+        _encoded(c)
+        if c in encoded or (unicodedata.category(c)[0] in "CZ" and (c != " " or i in (0, last)))
+        else c
+        for i, c in enumerate(text)
+    )
+
+
+def _encoded(character: str) -> str:
+    return "".join(f"%{byte:02X}" for byte in character.encode("utf-8", "surrogateescape"))
 
 
 def belongs(found: Mapping[str, str], to: Mapping[str, str], pattern: str) -> int:

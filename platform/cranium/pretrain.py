@@ -140,7 +140,8 @@ def check_resume(exp: Experiment, machine: Machine, init: str, shard_sets: list[
 def unfinished(machine: Machine, name: str) -> list[Artefact]:
     """Pretrainings of this name that have a checkpoint and no manifest, newest first."""
     folders = (machine.store / "pretrain").glob(f"{name}-*")
-    begun = [f for f in folders if (f / KEY).is_file() and any((f / "ray").glob("checkpoint_*"))]
+    folders = (f for f in folders if (f / KEY).is_file() and not (f / store.TOMBSTONE).exists())
+    begun = [f for f in folders if any((f / "ray").glob("checkpoint_*"))]
     newest = sorted(begun, key=lambda f: (f / KEY).stat().st_mtime_ns, reverse=True)
     return [Artefact(folder) for folder in newest if not Artefact(folder).done]
 
@@ -163,6 +164,7 @@ def _continued(exp: Experiment, machine: Machine) -> Path:
     """The folder of the run whose last checkpoint this one starts from."""
     assert exp.pretrain and exp.pretrain.continue_from
     folder = machine.store / "pretrain" / exp.pretrain.continue_from
+    store.require_not_forgotten(folder)
     if not any((folder / "ray").glob("checkpoint_*")):
         raise UserError("NO_RUN", f"pretrain.continue_from: {folder} holds no checkpoint")
     return folder

@@ -19,6 +19,7 @@ from cranium import place
 from cranium.config import UserError, fingerprint
 
 MANIFEST = "manifest.json"
+TOMBSTONE = "tombstone.json"  # of an artefact that depended on a subject who was forgotten
 SCHEMA_VERSION = 1
 
 
@@ -47,6 +48,7 @@ def artefact(store: Path, stage: str, name: str, key: Any) -> Artefact:
 
 def read_manifest(folder: place.Where) -> dict[str, Any]:
     """The manifest of a finished artefact. Raises `UserError` when absent, unreadable or of another schema."""
+    require_not_forgotten(folder)
     path = place.at(folder, MANIFEST)
     try:
         manifest = json.loads(place.read(path))
@@ -78,6 +80,7 @@ def commit(folder: place.Where, manifest: dict[str, Any], create: bool = False) 
     content = json.dumps({"schema_version": SCHEMA_VERSION, **manifest}, indent=1, sort_keys=True)
     try:
         place.write(place.at(folder, MANIFEST), content, create)
+        place.remove([place.at(folder, TOMBSTONE)])  # this was made anew, without who was forgotten
     except FileExistsError:
         raise UserError(
             "BUSY", f"{folder} was finished by another process meanwhile; run again to use what it made"
@@ -93,6 +96,26 @@ def discard(folder: Path) -> None:
     """Remove an artefact, its manifest first, so that nobody reads what is half gone."""
     (folder / MANIFEST).unlink(missing_ok=True)
     place.remove_folder(folder)
+
+
+def tombstone(folder: Path, content: dict[str, Any]) -> None:
+    """Say in an artefact's folder why it must not be read any more: `message` is what its readers are told."""
+    write_atomic(folder / TOMBSTONE, json.dumps({"code": "FORGOTTEN", **content}, indent=1, sort_keys=True))
+
+
+def require_not_forgotten(folder: place.Where) -> None:
+    """Raise `UserError(FORGOTTEN)` for an artefact that depended on a subject who was forgotten."""
+    path = place.at(folder, TOMBSTONE)
+    if not place.is_remote(path) and Path(path).is_file():
+        raise UserError("FORGOTTEN", str(json.loads(Path(path).read_text())["message"]))
+
+
+def require_idle(store: Path, besides: str) -> None:
+    """Raise `UserError(BUSY)` when a process of this machine holds any lock of the store but `besides`."""
+    for path in sorted((store / "locks").glob("*.lock")):
+        if path.stem != besides:
+            with lock(store, path.stem):
+                pass
 
 
 @contextlib.contextmanager

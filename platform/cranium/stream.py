@@ -104,6 +104,11 @@ class _Key(NamedTuple):
     visit: int
 
 
+# Row bytes -> memory of spent visits, kept for those to come, also of the next stream of this process: memory that is
+# fresh costs the kernel up to five times the copy into it.
+_SPARE: dict[int, list[np.ndarray]] = {}
+
+
 @dataclass(frozen=True, slots=True)
 class _Visit:
     """A row group in this process's own memory, until the last of its rows is drawn.
@@ -121,12 +126,11 @@ def _assembled(
 ) -> Iterator[Batch]:
     number, skip = plan.locate(corpus.sessions, order, start)
     held: dict[_Key, _Visit] = {}
-    buffers: list[np.ndarray] = []  # of visits that are spent
+    buffers = _SPARE.setdefault(size := int(np.prod(corpus.shape)), [])
     arrivals: Iterator[tuple[_Key, _Visit]] | None = None
     bits = torch.arange(len(corpus.channels))
     rows = np.arange(lanes.start * order.rows_per_lane, lanes.stop * order.rows_per_lane)
-    size, pinned = int(np.prod(corpus.shape)), torch.cuda.is_available()
-    step = start
+    pinned, step = torch.cuda.is_available(), start
     while step < stop:
         epoch = plan.epoch(corpus.sessions, order, number)
         walks = [window.lane_steps(corpus.sessions, epoch.lanes[n], order, number, n) for n in lanes]
@@ -202,7 +206,10 @@ def _arrivals(
                     f"{group.rows}; restore the shard or ingest again",
                 )
             rows = shard.pixels(table.replace_schema_metadata(form)).reshape(group.rows, -1)
-            pixels = buffers.pop() if buffers else np.empty((shard.MAX_ROWS, rows.shape[1]), np.uint8)
+            try:
+                pixels = buffers.pop()
+            except IndexError:
+                pixels = np.empty((shard.MAX_ROWS, rows.shape[1]), np.uint8)
             pixels[: group.rows] = rows
             yield key, _Visit(owner, pixels, table["present"].to_numpy().copy())
 

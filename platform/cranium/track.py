@@ -305,6 +305,21 @@ class Tracker:
                     return runs
 
 
+def forget(uri: str, run_ids: list[str], date: str, artefacts: tuple[str, ...]) -> None:
+    """Tag runs as made with a subject who was forgotten on `date`, and delete these of their artefacts."""
+    with _reaching(uri):
+        from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+        client = _client(uri)
+        for run_id in run_ids:
+            info = client.get_run(run_id).info
+            if info.lifecycle_stage == "deleted":
+                continue
+            client.set_tag(run_id, "forgotten", date)
+            for name in {item.path for item in client.list_artifacts(run_id)} & set(artefacts):
+                get_artifact_repository(info.artifact_uri, tracking_uri=uri).delete_artifacts(name)
+
+
 def _run(found: Any) -> Run:
     info, data = found.info, found.data
     return Run(

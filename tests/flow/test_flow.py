@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from mlflow import MlflowClient  # noqa: TID251  (a second opinion on what track sent)
@@ -25,6 +26,7 @@ import phantoms
 from cranium import track
 
 pytestmark = pytest.mark.flow
+WHO = "SUBJX7Q"  # a subject of home whose id is found by its bytes
 PAIRS = ("external+ssl", "external+test", "external+train", "ssl+test", "test+train")
 EXPERIMENT = {
     "name": "tiny",
@@ -83,6 +85,10 @@ def trees(tmp_path_factory: pytest.TempPathFactory) -> Path:
         phantoms.bids_tree(root, name, num_subjects=count, seed=seed)
     scan = sorted((root / "home").glob("sub-*/anat/*_FLAIR.nii.gz"))[0]
     scan.write_bytes(scan.read_bytes()[:-500])
+    people = root / "home" / "participants.tsv"
+    people.write_text(people.read_text().replace("sub-017", f"sub-{WHO}"))
+    for path in sorted((root / "home").rglob("*017*"), key=lambda p: -len(p.parts)):
+        path.rename(path.with_name(path.name.replace("017", WHO)))
     return root
 
 
@@ -233,3 +239,39 @@ def test_a_run_killed_in_the_middle_of_pretraining_ends_as_an_undisturbed_one(
     assert len(list((ours / "journal").glob("*.jsonl"))) == 2
     a, b = (load_file(run / "backbone.safetensors") for run in (ours, theirs))
     assert a.keys() == b.keys() and all((a[name] == b[name]).all() for name in a)
+
+
+def holding(folder: Path, word: bytes) -> set[str]:
+    """Folders of the store with a file whose bytes, or whose Parquet columns, hold a word."""
+    found = set()
+    for path in (p for p in folder.rglob("*") if p.is_file()):
+        parts = [path.read_bytes(), str(path).encode()]
+        if path.suffix == ".parquet":
+            table = pq.read_table(path)
+            names = [n for n in table.column_names if n not in ("pixels", "mask", "features")]
+            parts += [repr(table[n].to_pylist()).encode() for n in names]
+        if any(word in part for part in parts):
+            found.add(path.relative_to(folder).parts[0])
+    return found
+
+
+def test_a_forgotten_subject_is_in_no_byte_of_the_store(done: Path, trees: Path) -> None:
+    """After everything else here: the store loses what it had of one subject, and a new run does without."""
+    store = done / "store"
+    assert {"ingest", "embed", "adapt", "sweep", "mlflow-artifacts"} <= holding(store, WHO.encode())
+    gone = cranium(done, "forget", f"subject=home/{WHO}", "--json")
+    assert gone.returncode == 0, gone.stdout + gone.stderr
+    assert holding(store, WHO.encode()) == set()
+    client = MlflowClient(f"sqlite:///{store / 'mlflow.db'}")
+    runs = client.search_runs([client.get_experiment_by_name("tiny").experiment_id], max_results=1000)
+    assert all("forgotten" in run.data.tags for run in runs if run.data.tags["stage"] in ("sweep", "adapt"))
+    assert not [run for run in runs if run.data.tags["stage"] == "pretrain" and "forgotten" in run.data.tags]
+    refused = cranium(done, "report")
+    assert refused.returncode == 2 and "Traceback" not in refused.stderr
+    again = cranium(done, "run")
+    assert again.returncode == 3 and "1 of its subjects is forgotten" in again.stdout, (
+        again.stdout + again.stderr
+    )
+    assert holding(store, WHO.encode()) == set()
+    table = pd.read_parquet(next((store / "ingest").glob("home-*/sessions.parquet")))
+    assert table["subject"].nunique() == 17
