@@ -70,7 +70,10 @@ def run(spec: Spec, say: Callable[[str], None]) -> bench.Result:
         Path(job.work).mkdir(parents=True)
         stacks = 0
         for index, session in enumerate(table.sessions):
-            row = {"index": index, "session": json.dumps(ingest._wanted(session, settings))}
+            row = {
+                "index": index,
+                "session": json.dumps(ingest._wanted(session, settings, dict(table.files))),
+            }
             stacks += ingest._ingest_session(row, job)["stacks"]
         return {"stacks": stacks}
 

@@ -494,7 +494,9 @@ class Machine(Frozen, validate_default=True):
         if path is None:
             return None
         if "://" in str(path) or str(path).startswith("s3:/"):
-            raise ValueError(f"{path}: only folders of a (shared) file system can be a store; shards= may be s3://...")
+            raise ValueError(
+                f"{path}: only folders of a (shared) file system can be a store; shards= may be s3://..."
+            )
         return path.expanduser().absolute()
 
     @field_validator("shards")
