@@ -184,7 +184,7 @@ def _affine(volume: tuple[int, int, int]) -> NDArray[np.float64]:
 def _write(path: Path, voxels: NDArray[Any]) -> None:
     import nibabel as nib
 
-    image = nib.Nifti1Image(voxels, _affine(voxels.shape))  # type: ignore[arg-type]
+    image = nib.Nifti1Image(voxels, _affine(voxels.shape))
     image.set_qform(image.affine, 1)
     image.set_sform(image.affine, 1)
     path.write_bytes(gzip.compress(image.to_bytes(), 6, mtime=0))
