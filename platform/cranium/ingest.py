@@ -53,7 +53,8 @@ def ingest(
             if target.done:
                 shardset.tidy(target, base)  # the last one was killed between its manifest and its end
             else:
-                needs = provisions.provide(spec, machine, target.path / "work" / "provisions")
+                ways = _mask_ways(card, spec, table)
+                needs = provisions.provide(spec, ways, machine, target.path / "work" / "provisions")
                 tell = progress or (lambda done, total, text: None)
                 _make(card, spec, table, target, base, machine, needs, tell)
     except UserError:
@@ -72,6 +73,12 @@ def ingest(
         message = f"{base} was finished by another process meanwhile; run again to use what it made"
         raise UserError("BUSY", message) from error
     return target
+
+
+def _mask_ways(card: Card, spec: Ingest, table: cohort.CohortTable) -> tuple[str, ...]:
+    wanted = [[s.scans.get(_source(spec, channel)) for channel in spec.channels] for s in table.sessions]
+    supplied = [any(scan.mask for scan in scans if scan) for scans in wanted if any(scans)]
+    return provisions.mask_ways(spec.mask, stripped=card.stripped, all_supplied=all(supplied))
 
 
 def artefact(card: Card, raw: Path, spec: Ingest, machine: Machine) -> Artefact:
@@ -118,7 +125,17 @@ def _source(spec: Ingest, channel: str) -> str:
 
 
 def _key(card: Card, spec: Ingest, table: cohort.CohortTable) -> dict[str, Any]:
-    shapes = {"name", "layouts", "segmentation", "tables", "labels", "groups", "matched", "simulated"}
+    shapes = {
+        "name",
+        "layouts",
+        "segmentation",
+        "stripped",
+        "tables",
+        "labels",
+        "groups",
+        "matched",
+        "simulated",
+    }
     return {
         "recipe": shardset.RECIPE,
         "card": card.model_dump(mode="json", include=shapes),
@@ -163,7 +180,7 @@ def _ingest_session(row: dict[str, Any], job: _Job) -> dict[str, Any]:
     spec, index, session = job.spec, int(row["index"]), json.loads(row["session"])
     slices.limit_threads(spec.compute.threads or max(1, int(spec.compute.cpus_per_worker)))
     wanted = {channel: normalise.Wanted(*scan[1:]) for channel, scan in session["scans"].items()}
-    ways = provisions.ways(spec.mask, job.provisions)
+    ways = provisions.ways(job.provisions)
     changed = nifti.changed(job.root, session["sizes"])
     late = {c: changed[p] for c, scan in wanted.items() for p in (scan.path, scan.mask) if p in changed}
     here = {channel: scan for channel, scan in wanted.items() if channel not in late}
@@ -365,7 +382,7 @@ def _make(
         versions.Session(s.subject, s.session, _inputs(table.root, s, wanted), dict(s.values))
         for s, wanted in sessions
     ]
-    pixels = _pixels(card, spec)
+    pixels = _pixels(card, spec, needs.ways)
     earlier = store.find(machine.store, "ingest", card.name)
     kept = versions.keep(base, earlier, pixels, known, spec.shard_mb << 20)
     have = place.names(job.work)
@@ -415,10 +432,10 @@ def _make(
 OURS = ("index", "at", "kept")  # of a record, while work goes on
 
 
-def _pixels(card: Card, spec: Ingest) -> str:
+def _pixels(card: Card, spec: Ingest, ways: tuple[str, ...]) -> str:
     """Fingerprint of what shapes rows beside the files: versions that share it can share shards."""
-    shapes = card.model_dump(mode="json", include={"name", "layouts", "segmentation"})
-    shapes_too = [spec.preprocessing, spec.codec, spec.shard_mb, spec.suspects]
+    shapes = card.model_dump(mode="json", include={"name", "layouts", "segmentation", "stripped"})
+    shapes_too = [ways, spec.preprocessing, spec.codec, spec.shard_mb, spec.suspects]
     return config.fingerprint([shardset.RECIPE, shapes, *shapes_too])
 
 
