@@ -126,3 +126,22 @@ def test_the_benchmark_of_the_stream_runs_and_keeps_its_numbers(ray_cluster, tmp
     assert all(case["name"] in table for case in kept["measured"]) and any(
         "stacks/s" in line for line in said
     )
+
+
+def test_ingest_is_measured_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every case on two tiny heads, without a cluster; each does what its name says."""
+    import contextlib
+
+    import ingests
+    from cranium import bench_ingest, ingest
+
+    monkeypatch.setattr(ingest, "_on_ray", ingests.in_turn)
+    monkeypatch.setattr(bench_ingest.cluster, "connect", lambda machine: contextlib.nullcontext())
+    spec = bench_ingest.Spec(sessions=2, volume=(40, 44, 36), size=28, rounds=1, data=tmp_path)
+    result = bench_ingest.run(spec, lambda text: None)
+    cases = {case.name: case for case in result.measured}
+    assert all(case.items == 6 for case in cases.values())
+    assert cases["ingest, 1 worker"].fact("stacks") == cases["ingest, 2 workers"].fact("stacks") > 20
+    assert cases["sessions, in one process"].fact("stacks") == cases["ingest, 1 worker"].fact("stacks")
+    assert len(result.targets) == 2 and all(target.value > 0 for target in result.targets)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["heads-2x40x44x36"]  # no store is left

@@ -105,6 +105,18 @@ def test_machine_facts_come_from_settings_then_variables(tmp_path: Path) -> None
         config.load_machine(["store=s3://bucket/x"], {})
 
 
+def test_shards_may_lie_in_an_object_store() -> None:
+    assert config.load_machine([], {}).shards is None
+    assert config.load_machine(["shards=s3://bucket/lab/"], {}).shards == "s3://bucket/lab"
+    assert config.load_machine([], {"CRANIUM_SHARDS": "s3://bucket"}).shards == "s3://bucket"
+    assert config.load_machine(["shards=there"], {}).shards == str(Path("there").absolute())
+    for wrong in ("gs://bucket", "s3://", "s3:///x", "s3://key:secret@bucket/x"):
+        with pytest.raises(UserError) as refused:
+            config.load_machine([f"shards={wrong}"], {})
+        message = str(refused.value)
+        assert refused.value.code == "CONFIG" and "shards" in message and "secret" not in message
+
+
 def test_a_user_error_crosses_process_borders_whole() -> None:
     error = pickle.loads(pickle.dumps(UserError("LABEL", "no such label", 1)))
     assert (error.code, str(error), error.exit_code) == ("LABEL", "no such label", 1)

@@ -556,13 +556,22 @@ def bench(
     def work() -> Outcome:
         from cranium import bench, cluster
 
-        if what == "stream":
-            from cranium import bench_stream as stage
-        else:
-            raise UserError("USAGE", f"`{what}` has no benchmark; one of stream")
-        spec = config.validated(stage.Spec, config.nested(settings or ()), f"bench {what}")
-        with cluster.quiet(spec.data / f"{what}.log") as terminal:
-            result = stage.run(spec, lambda text: print(text, file=terminal.out, flush=True))
+        def measured(stage: Any) -> tuple[Any, bench.Result]:
+            spec = config.validated(stage.Spec, config.nested(settings or ()), f"bench {what}")
+            with cluster.quiet(spec.data / f"{what}.log") as terminal:
+                return spec, stage.run(spec, lambda text: print(text, file=terminal.out, flush=True))
+
+        match what:
+            case "stream":
+                from cranium import bench_stream
+
+                spec, result = measured(bench_stream)
+            case "ingest":
+                from cranium import bench_ingest
+
+                spec, result = measured(bench_ingest)
+            case _:
+                raise UserError("USAGE", f"`{what}` has no benchmark; one of stream, ingest")
         print(bench.table(result))
         if spec.out:
             bench.keep(result, spec.out)

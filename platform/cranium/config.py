@@ -494,7 +494,9 @@ class Machine(Frozen, validate_default=True):
         if path is None:
             return None
         if "://" in str(path) or str(path).startswith("s3:/"):
-            raise ValueError(f"{path}: only folders of a (shared) file system can be a store")
+            raise ValueError(
+                f"{path}: only folders of a (shared) file system can be a store; shards= may be s3://..."
+            )
         return path.expanduser().absolute()
 
     @field_validator("shards")
@@ -503,7 +505,7 @@ class Machine(Frozen, validate_default=True):
         if place is None or "://" not in place:
             return None if place is None else str(Path(place).expanduser().absolute())
         bucket = place.removeprefix("s3://").rstrip("/")
-        if not place.startswith("s3://") or not bucket or "//" in bucket:
+        if not place.startswith("s3://") or not bucket or bucket.startswith("/") or "//" in bucket:
             raise ValueError("give a folder or s3://bucket/prefix")
         if "@" in bucket:
             raise ValueError("no credentials here; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")

@@ -1,6 +1,6 @@
 """A cohort is killed five times at random on its way, Ray and all, and ends equal to an undisturbed one.
 
-200 scans by default; `CRANIUM_CHAOS_SCANS=2000` makes it the full size. Prints how long both took.
+200 scans by default; `CHAOS_SCANS=2000` makes it the full size. Prints how long both took.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from cranium.store import Artefact
 
 pytestmark = pytest.mark.chaos
 
-SCANS = int(os.environ.get("CRANIUM_CHAOS_SCANS", "200"))
+SCANS = int(os.environ.get("CHAOS_SCANS", "200"))
 KILLS = 5
 SETTINGS = (
     "ingest.size=56",
@@ -106,7 +106,7 @@ def test_a_cohort_killed_five_times_ends_as_an_undisturbed_one(raw: Path, tmp_pa
     calm = finish(begin(raw, tmp_path / "calm"), tmp_path / "calm")
     undisturbed = time.monotonic() - started
     shards = len(calm.manifest()["shards"])
-    seed = int(os.environ.get("CRANIUM_CHAOS_SEED", "0"))
+    seed = int(os.environ.get("CHAOS_SEED", "0"))
     draw = random.Random(seed)
     home, deaths = tmp_path / "killed", []
     started = time.monotonic()
