@@ -93,7 +93,9 @@ def _unchanged(version: Artefact, pixels: str, sessions: Sequence[Session]) -> d
     same = {}
     for place_now, wanted in enumerate(sessions):
         one = known.get((wanted.subject, wanted.session))
-        if one is not None and one.inputs == wanted.inputs:
+        # A copy is one only as long as its original is there, so that is judged anew.
+        copy = one is not None and any(row[5] == "DUP_CONTENT" for row in one.record["rejected"])
+        if one is not None and one.inputs == wanted.inputs and not copy:
             same[place_now] = one.record | {"index": place_now}
             if one.record["row_groups"]:
                 same[place_now]["session"] = one.record["session"] | wanted.values

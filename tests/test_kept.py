@@ -1,0 +1,86 @@
+"""What stays of sessions between versions, under other names and on the way to a place elsewhere: no loss, no leak."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+import phantoms
+from cranium import ingest, trust
+from cranium.cards import Card
+from cranium.config import Ingest, Machine
+from cranium.store import Artefact
+
+SPEC = Ingest(contrasts=("T1w",), size=36, spacing_mm=6.0, slice_spacing_mm=6.0, shard_mb=1, align="none")
+SHAPE, SPACING = (30, 36, 28), (6.0, 6.0, 6.0)
+LABELS = {"csf": [2], "brain": [3, 4], "lesion": [5]}
+
+
+@pytest.fixture(autouse=True)
+def in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(
+        items: list[dict[str, Any]], work: Callable[..., dict[str, Any]], job: Any
+    ) -> Iterator[dict[str, Any]]:
+        return (work(item, job) for item in items)
+
+    monkeypatch.setattr(ingest, "_on_ray", run)
+
+
+def card() -> Card:
+    content = phantoms.card(contrasts=("T1w",))
+    content["layouts"][0]["segmentation"] = "labels/sub-{subject}_dseg.nii.gz"
+    return Card.model_validate(content | {"segmentation": LABELS})
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """Three subjects with a label map each."""
+    root = phantoms.bids_tree(
+        tmp_path / "raw",
+        num_subjects=3,
+        contrasts=("T1w",),
+        missing=(),
+        tilt=False,
+        spacing=SPACING,
+        shape=SHAPE,
+    )
+    grid = phantoms.affine(SPACING, SHAPE)
+    for index, condition in enumerate(("control", "lesion", "atrophy")):
+        tissues = phantoms.tissues(phantoms.head(index, condition), SHAPE, grid)
+        phantoms.write(root / f"labels/sub-00{index + 1}_dseg.nii.gz", tissues * (tissues > 1), grid)
+    return root
+
+
+def made(tree: Path, of: Card | None = None, machine: Machine | None = None, **settings: Any) -> Artefact:
+    machine = machine or Machine(store=tree.parent / "store")
+    done = ingest.ingest(of or card(), tree, SPEC.model_copy(update=settings), machine)
+    assert trust.verify(done) == []
+    return done
+
+
+def table(of: Artefact, name: str) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = pq.read_table(of.path / f"{name}.parquet").to_pylist()
+    return rows
+
+
+def scan(tree: Path, subject: str) -> Path:
+    return tree / f"sub-{subject}/anat/sub-{subject}_T1w.nii.gz"
+
+
+# ---- versions -------------------------------------------------------------------------------------------------------
+
+
+def test_a_copy_whose_original_went_is_taken(tree: Path) -> None:
+    shutil.copyfile(scan(tree, "001"), scan(tree, "002"))
+    first = made(tree)
+    assert first.manifest()["rejections"] == {"DUP_CONTENT": 1}
+    counts = first.manifest()["counts"]
+    assert (counts["label_maps_accepted"], counts["label_maps_unused"]) == (2, 1)  # the copy's is in no shard
+    shutil.rmtree(tree / "sub-001")  # the wrong one was removed
+    second = made(tree)
+    assert second.manifest()["rejections"] == {} and second.manifest()["counts"]["sessions"] == 2
