@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
+import dicoms
 import phantoms
 from cranium import ingest, trust
 from cranium.cards import Card
@@ -84,3 +85,26 @@ def test_a_copy_whose_original_went_is_taken(tree: Path) -> None:
     shutil.rmtree(tree / "sub-001")  # the wrong one was removed
     second = made(tree)
     assert second.manifest()["rejections"] == {} and second.manifest()["counts"]["sessions"] == 2
+
+
+def test_a_series_in_a_mixed_folder_that_changed_is_read_again(tmp_path: Path) -> None:
+    content = phantoms.card("mixed", contrasts=("T1w",), masks=False)
+    content |= {
+        "tables": [],
+        "labels": {},
+        "groups": [],
+        "layouts": [{"format": "dicom", "series": ["{subject}"], "source": "a test"}],
+    }
+    of, root = Card.model_validate(content), tmp_path / "raw"
+    for seed, subject in enumerate(("P1", "P2")):
+        kept = [7] if subject == "P2" else []
+        common = {"subject": subject, "seed": seed}
+        dicoms.series(root / subject, "mprage", name="a{:02}.dcm", skip=kept, number=1, **common)
+        dicoms.series(root / subject, "flair", name="b{:02}.dcm", number=2, **common)
+    spec: dict[str, Any] = {"mask": ("otsu",), "size": 56, "spacing_mm": 4.0, "slice_spacing_mm": 4.0}
+    first = made(root, of, **spec)
+    assert first.manifest()["rejections"] == {"SLICES_MISSING": 1}
+    assert all("#" in row["path"] for row in table(first, "quarantine"))
+    dicoms.series(root / "P2", "mprage", name="a{:02}.dcm", number=1, subject="P2", seed=1)
+    second = made(root, of, **spec)
+    assert second.id != first.id and second.manifest()["rejections"] == {}

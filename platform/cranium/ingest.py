@@ -26,7 +26,7 @@ from cranium.config import Compute, Ingest, Machine, UserError
 from cranium.place import Where, at
 from cranium.provisions import Provisions
 from cranium.store import Artefact
-from cranium.volume import fingerprint, labels, measure, nifti, normalise, shard, slices
+from cranium.volume import dicom, fingerprint, labels, measure, nifti, normalise, shard, slices
 from cranium.volume.quality import ASIDE, Rejected
 
 Progress = Callable[[int, int, str], None]
@@ -448,9 +448,10 @@ def _inputs(root: Path, session: cohort.Session, wanted: dict[str, Any]) -> str:
 
 
 def _look(path: Path) -> list[Any] | None:
-    """Size and time of a file, or of all files of a DICOM series."""
+    """Size and time of a file, or of all files in the folder of a DICOM series."""
     try:
-        if path.is_dir():
+        if dicom.is_series(path):
+            path = Path(dicom.split(str(path))[0])
             return [[str(p.relative_to(path)), _look(p)] for p in sorted(path.rglob("*")) if not p.is_dir()]
         stat = path.stat()
     except OSError:
