@@ -12,7 +12,7 @@ import pytest
 
 import dicoms
 import phantoms
-from cranium import ingest, trust
+from cranium import ingest, series, trust
 from cranium.cards import Card
 from cranium.config import Ingest, Machine
 from cranium.store import Artefact
@@ -108,3 +108,47 @@ def test_a_series_in_a_mixed_folder_that_changed_is_read_again(tmp_path: Path) -
     dicoms.series(root / "P2", "mprage", name="a{:02}.dcm", number=1, subject="P2", seed=1)
     second = made(root, of, **spec)
     assert second.id != first.id and second.manifest()["rejections"] == {}
+
+
+# ---- while it is listed ---------------------------------------------------------------------------------------------
+
+
+def test_a_label_map_that_grows_after_it_was_listed(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, labels = ingest._on_ray, tree / "labels/sub-002_dseg.nii.gz"
+
+    def late(items: list[dict[str, Any]], work: Any, job: Any) -> Iterator[dict[str, Any]]:
+        if work is ingest._ingest_session:
+            grid = phantoms.affine(SPACING, SHAPE)
+            tissues = phantoms.tissues(phantoms.head(9), SHAPE, grid)
+            phantoms.write(labels, tissues * (tissues > 1), grid)
+        return run(items, work, job)
+
+    monkeypatch.setattr(ingest, "_on_ray", late)
+    done = made(tree)
+    (row,) = table(done, "quarantine")
+    assert (row["subject"], row["contrast"], row["code"]) == ("002", "segmentation", "IO")
+    assert done.manifest()["counts"]["label_maps_rejected"] == 1
+
+
+def test_what_changed_of_a_series(tmp_path: Path) -> None:
+    root = tmp_path
+    (root / "a").mkdir()
+    for name, size in (("1", 5), ("2", 7), (".x", 1)):
+        (root / "a" / name).write_bytes(bytes(size))
+    (root / "b.nii").write_bytes(bytes(3))
+    key = "0123456789ab"
+    known = series.sizes([("a/.x", 1), ("a/1", 5), ("a/2", 7), ("b.nii", 3), ("broken.nii", -1)])
+    wanted = series.listed(["a", f"a#{key}@2.5", "b.nii", "broken.nii", "gone.nii"], known)
+    assert wanted == {"a": 13, f"a#{key}@2.5": 13, "b.nii": 3, "broken.nii": -1}
+    assert series.changed(root, wanted) == {}
+    (root / "a" / "2").write_bytes(bytes(8))
+    (root / "b.nii").write_bytes(bytes(4))
+    assert (
+        "had 3 bytes" in (reason := series.changed(root, wanted).pop("b.nii").reason)
+        and "has 4 now" in reason
+    )
+    (root / "b.nii").write_bytes(bytes(3))
+    assert {p: r.code for p, r in series.changed(root, wanted).items()} == {"a": "IO", f"a#{key}@2.5": "IO"}
+    (root / "a" / "1").unlink()
+    (root / "b.nii").unlink()  # reading it will say so
+    assert set(series.changed(root, wanted)) == {"a", f"a#{key}@2.5"}
