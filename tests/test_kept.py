@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 
 import dicoms
 import phantoms
-from cranium import ingest, series, trust
+from cranium import cohort, identity, ingest, series, trust
 from cranium.cards import Card
 from cranium.config import Ingest, Machine
 from cranium.store import Artefact
@@ -152,3 +153,39 @@ def test_what_changed_of_a_series(tmp_path: Path) -> None:
     (root / "a" / "1").unlink()
     (root / "b.nii").unlink()  # reading it will say so
     assert set(series.changed(root, wanted)) == {"a", f"a#{key}@2.5"}
+
+
+# ---- names ----------------------------------------------------------------------------------------------------------
+
+
+def test_salted_names_cover_label_maps_and_files_of_no_use(tree: Path) -> None:
+    (tree / "labels/sub-002_dseg.nii.gz").write_bytes(b"<html>")
+    shutil.copyfile(scan(tree, "003"), tree / "sub-003/anat/sub-003_PDw.nii.gz")
+    done = made(tree, identifiers="salted")
+    manifest = json.dumps(done.manifest()["notes"])
+    assert "fit no pattern" in manifest and "003" not in manifest and "sub-" not in manifest
+    (row,) = table(done, "quarantine")
+    assert row["code"] == "NOT_NIFTI" and row["path"].startswith(row["subject"] + "/")
+    assert not any("sub-00" in str(row) for row in table(done, "records"))
+
+
+def test_salted_names_cover_the_series_that_a_reason_names(tmp_path: Path) -> None:
+    scans = {"T1w": cohort.Scan("T1w", "A_1/2001-02-03/t1", None)}
+    refused = cohort.Refused(
+        "A_1", "", "T1w", "A_1/copy", "DUP_ID", "the same series lies in A_1/2001-02-03/t1, which was taken"
+    )
+    found = cohort.CohortTable(
+        tmp_path,
+        cohort.Layout(files={"T1w": "{subject}/t1.nii"}, unverified=True),
+        (cohort.Session("A_1", "", scans, {}),),
+        (refused,),
+        (("A_1/2001-02-03/t1/1.dcm", 5),),
+        (),
+        ("3 rows of t.csv have ids of another form, such as DOE, JANE", "A_1_x and A_1 are alike"),
+    )
+    covered, names = identity.admit(found, "mine", True, tmp_path / "store", "x")
+    key = names.subject("A_1")
+    assert covered.notes == ("3 rows of t.csv have ids of another form", f"{key}_x and {key} are alike")
+    (row,) = covered.refused
+    assert row.path.startswith(f"{key}/") and f"lies in {key}/" in row.reason
+    assert "2001" not in row.reason and "copy" not in row.path

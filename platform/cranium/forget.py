@@ -24,7 +24,7 @@ from cranium import identity, place, shardset, store, track, versions
 from cranium.config import Machine, UserError, fingerprint
 from cranium.patterns import tidy
 from cranium.store import Artefact
-from cranium.volume import shard
+from cranium.volume import privacy, shard
 
 STAGES = ("embed", "pretrain", "adapt", "sweep", "report")  # and whatever else names what it was made from
 OURS = (
@@ -70,8 +70,7 @@ class _Subject:
 
     @property
     def pattern(self) -> re.Pattern[str]:
-        words = "|".join(re.escape(name) for name in sorted(self.names, key=len, reverse=True))
-        return re.compile(rf"(?<![^\W_])(?:{words})(?![^\W_])")
+        return privacy.naming(self.names)
 
 
 def forget(machine: Machine, cohort: str, subject: str, tell: Tell = lambda text: None) -> Forgotten:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from cranium import place, shardset, store, trust
 from cranium.config import UserError
 from cranium.place import Where, at
 from cranium.store import Artefact
-from cranium.volume import shard
+from cranium.volume import privacy, shard
 
 # ---- over an earlier one --------------------------------------------------------------------------------------------
 
@@ -176,7 +175,7 @@ def rewrite(artefact: Artefact, drop: Callable[[str, str], bool]) -> Rewritten:
     ]
     quarantine = tables[1].to_pylist()
     people = {subject for subject, _ in gone}
-    names = re.compile("|".join(rf"(?<!\w){re.escape(subject)}(?!\w)" for subject, _ in sorted(gone)))
+    names = privacy.naming(people)
     read = sum(len(one.record["rejected"]) + (one.record["label_map_rejected"] is not None) for one in kept)
     counts = shardset.counts_of(kept, len(quarantine) - read, left)
     sessions = [one.record["session"] for one in kept if one.record["row_groups"]]
