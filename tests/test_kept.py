@@ -13,7 +13,7 @@ import pytest
 
 import dicoms
 import phantoms
-from cranium import cohort, identity, ingest, series, trust
+from cranium import cohort, forget, identity, ingest, series, store, trust
 from cranium.cards import Card
 from cranium.config import Ingest, Machine
 from cranium.store import Artefact
@@ -189,3 +189,38 @@ def test_salted_names_cover_the_series_that_a_reason_names(tmp_path: Path) -> No
     (row,) = covered.refused
     assert row.path.startswith(f"{key}/") and f"lies in {key}/" in row.reason
     assert "2001" not in row.reason and "copy" not in row.path
+
+
+def test_who_is_forgotten_is_named_by_no_mapping(tmp_path: Path) -> None:
+    at = tmp_path / "store"
+    found = cohort.CohortTable(
+        tmp_path,
+        cohort.Layout(files={"T1w": "{subject}/t1.nii"}, unverified=True),
+        tuple(
+            cohort.Session(s, "", {"T1w": cohort.Scan("T1w", f"{s}/t1.nii", None)}, {}) for s in ("A1", "A2")
+        ),
+        (),
+        (),
+        (),
+        ("2 NIfTI files fit no pattern of the card, such as A1_pd.nii",),
+        {"other": {"A1": ("B7",), "A2": ("B8", "B9")}},
+    )
+    for name, subject in (("mine", "A1"), ("other", "B9")):
+        identity.remember_forgotten(at, identity.forgotten_key(at, name, subject))
+    plain, _ = identity.admit(found, "mine", False, at, "x")
+    assert plain.overlap_ids == {"other": {"A2": ("B8",)}} and plain.notes == ()
+    salted, _ = identity.admit(found, "mine", True, at, "x")
+    assert [len(theirs) for theirs in salted.overlap_ids["other"].values()] == [1]
+
+
+def test_forgetting_reaches_what_other_collections_say(tree: Path) -> None:
+    mine = made(tree)
+    other = Artefact(mine.path.parent / "other-00000000")
+    shutil.copytree(mine.path, other.path)
+    content = mine.manifest() | {
+        "cohort": "other",
+        "overlap_ids": {"phantom": {"X1": ["001", "002"], "X2": ["002"]}},
+    }
+    store.commit(other.path, content)
+    forget.forget(Machine(store=tree.parent / "store", tracking_uri="http://127.0.0.1:9"), "phantom", "002")
+    assert other.manifest()["overlap_ids"] == {"phantom": {"X1": ["001"]}}

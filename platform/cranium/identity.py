@@ -17,7 +17,7 @@ import stat
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -147,6 +147,10 @@ def admit(
             sessions=tuple(s for s in table.sessions if key[s.subject] not in gone),
             refused=tuple(r for r in table.refused if key[r.subject] not in gone),
             notes=tuple(note for note in table.notes if not named.search(note)),
+            overlap_ids={
+                other: _without_forgotten(ids, cohort, other, store, gone)
+                for other, ids in table.overlap_ids.items()
+            },
         )
     names = Names(cohort, salt(store) if salted else None, tuple(sorted(left_out)))
     table = _renamed(table, names, store, artefact) if salted else table
@@ -163,6 +167,18 @@ def _refused(table: CohortTable, names: Names) -> Iterator[Refused]:
     for r in table.refused:
         shown = {path: names.path(path, r.subject, r.session) for path in paths[r.subject]}
         yield dataclasses.replace(r, path=shown[r.path], reason=_replaced(r.reason, shown))
+
+
+def _without_forgotten(
+    ids: Mapping[str, tuple[str, ...]], cohort: str, other: str, store: Path, gone: Container[str]
+) -> dict[str, tuple[str, ...]]:
+    """A mapping of ids to another collection's, without who was forgotten on either side."""
+    left = {}
+    for ours, theirs in ids.items():
+        known = tuple(t for t in theirs if forgotten_key(store, other, tidy(t)) not in gone)
+        if known and forgotten_key(store, cohort, ours) not in gone:
+            left[ours] = known
+    return left
 
 
 def _subjects(table: CohortTable) -> list[str]:
