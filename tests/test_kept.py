@@ -13,7 +13,7 @@ import pytest
 
 import dicoms
 import phantoms
-from cranium import cohort, forget, identity, ingest, series, store, trust
+from cranium import cohort, forget, identity, ingest, place, series, shardset, store, trust
 from cranium.cards import Card
 from cranium.config import Ingest, Machine
 from cranium.store import Artefact
@@ -224,3 +224,54 @@ def test_forgetting_reaches_what_other_collections_say(tree: Path) -> None:
     store.commit(other.path, content)
     forget.forget(Machine(store=tree.parent / "store", tracking_uri="http://127.0.0.1:9"), "phantom", "002")
     assert other.manifest()["overlap_ids"] == {"phantom": {"X1": ["001"]}}
+
+
+# ---- elsewhere ------------------------------------------------------------------------------------------------------
+
+
+def test_forgetting_goes_on_where_shards_lie_elsewhere(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(store=tree.parent / "store", shards=str(tree.parent / "far"))
+    done = made(tree, machine=machine)
+    tidy = shardset.tidy
+
+    def killed(target: Artefact, base: place.Where) -> None:
+        tidy(target, base)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shardset, "tidy", killed)
+        forget.forget(machine, "phantom", "002")
+    forget.forget(machine, "phantom", "002")
+    assert done.manifest()["counts"]["subjects"] == 2 and trust.verify(done) == []
+
+
+def test_forgetting_finds_unfinished_work_elsewhere(tree: Path) -> None:
+    far = tree.parent / "far"
+    machine = Machine(store=tree.parent / "store", shards=str(far))
+    made(tree, machine=machine)
+
+    def stop(done: int, total: int, text: str) -> None:
+        if "shards" in text:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ingest.ingest(card(), tree, SPEC.model_copy(update={"size": 28}), machine, stop)
+    assert list(far.rglob("work/*"))
+    forget.forget(machine, "phantom", "002")
+    assert not list(far.rglob("work/*"))
+
+
+def test_work_left_elsewhere_by_a_kill_goes_with_the_next_ingest(
+    tree: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = Machine(store=tree.parent / "store", shards=str(tree.parent / "far"))
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shardset, "fetch", lambda target, base: None)
+        patch.setattr(trust, "remember", killed)
+        made(tree, machine=machine)
+    assert list((tree.parent / "far").rglob("work/*"))
+    assert made(tree, machine=machine).done and not list((tree.parent / "far").rglob("work"))

@@ -281,7 +281,7 @@ def _empty(made: Artefact) -> None:
 
 def _discard(made: Artefact) -> None:
     base = shard.base(made.path)
-    if place.is_remote(base):
+    if base != str(made.path):
         place.remove_folder(base)
     store.discard(made.path)
 

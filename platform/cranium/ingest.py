@@ -53,6 +53,7 @@ def ingest(
             if target.done:
                 shardset.tidy(target, base)  # the last one was killed between its manifest and its end
             else:
+                _begin(target, base)
                 ways = _mask_ways(card, spec, table)
                 needs = provisions.provide(spec, ways, machine, target.path / "work" / "provisions")
                 tell = progress or (lambda done, total, text: None)
@@ -100,6 +101,13 @@ def _target(card: Card, spec: Ingest, table: cohort.CohortTable, machine: Machin
 def _base(target: Artefact, machine: Machine) -> Where:
     """The folder the shards are written to."""
     return at(machine.shards, "ingest", target.path.name) if machine.shards else target.path
+
+
+def _begin(target: Artefact, base: Where) -> None:
+    """Where shards go elsewhere, say so in the store first: whoever tidies up or forgets finds what lies there."""
+    if str(base) != str(target.path):
+        (target.path / "work").mkdir(parents=True, exist_ok=True)
+        place.write(target.path / shard.PLACE, f"{base}\n")
 
 
 def _check_spec(card: Card, spec: Ingest) -> None:

@@ -146,7 +146,11 @@ def rewrite(artefact: Artefact, drop: Callable[[str, str], bool]) -> Rewritten:
     The manifest is replaced, then the old bytes are removed. Another version may hold the same shard under a hard
     link: rewrite every version. Hold the artefact's lock. After a kill, call it again: it goes on.
     """
-    manifest, base = artefact.manifest(), shard.base(artefact.path)
+    base = shard.base(artefact.path)
+    shardset.fetch(
+        artefact, base
+    )  # of an attempt that was killed between its manifest there and the one here
+    manifest = artefact.manifest()
     done = shardset.records(artefact.path)
     old = [pq.read_table(artefact.path / name) for name in shardset.TABLES]
     known = {(one.subject, one.session) for one in done} | {
