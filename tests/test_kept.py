@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -10,12 +11,13 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from rich.console import Console
 
 import dicoms
 import phantoms
-from cranium import cohort, forget, identity, ingest, place, series, shardset, store, trust
+from cranium import cohort, flow, forget, identity, ingest, place, series, shardset, store, trust
 from cranium.cards import Card
-from cranium.config import Ingest, Machine
+from cranium.config import Experiment, Ingest, Machine
 from cranium.store import Artefact
 
 SPEC = Ingest(contrasts=("T1w",), size=36, spacing_mm=6.0, slice_spacing_mm=6.0, shard_mb=1, align="none")
@@ -275,3 +277,16 @@ def test_work_left_elsewhere_by_a_kill_goes_with_the_next_ingest(
         made(tree, machine=machine)
     assert list((tree.parent / "far").rglob("work/*"))
     assert made(tree, machine=machine).done and not list((tree.parent / "far").rglob("work"))
+
+
+def test_what_a_kill_left_goes_by_the_command(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(store=tree.parent / "store", raw={"phantom": tree})
+    done = made(tree, machine=machine)
+    left = done.path / "work" / "000000.parquet"
+    left.parent.mkdir()
+    left.write_bytes(b"of a kill after the manifest")
+    monkeypatch.setattr(flow.cluster, "connect", lambda machine: contextlib.nullcontext())
+    monkeypatch.setattr(flow, "_quality_page", lambda *_: None)
+    exp = Experiment(name="x", ingest=SPEC.model_copy(update={"cohorts": ("phantom",)}))
+    flow.ingest(flow.Study(exp, machine, {"phantom": card()}, Console(quiet=True)))
+    assert done.done and not left.parent.exists()
