@@ -290,3 +290,13 @@ def test_what_a_kill_left_goes_by_the_command(tree: Path, monkeypatch: pytest.Mo
     exp = Experiment(name="x", ingest=SPEC.model_copy(update={"cohorts": ("phantom",)}))
     flow.ingest(flow.Study(exp, machine, {"phantom": card()}, Console(quiet=True)))
     assert done.done and not left.parent.exists()
+
+
+def test_label_maps_of_nobody_are_told_and_examples_are_masked(tree: Path) -> None:
+    labels = tree / "labels"
+    (labels / "sub-003_dseg.nii.gz").rename(labels / "sub-0003_dseg.nii.gz")
+    shutil.copyfile(scan(tree, "001"), scan(tree, "001").with_name("DOE^JANE_1950-12-31.nii.gz"))
+    assert made(tree).manifest()["notes"] == [
+        "1 NIfTI files fit no pattern of the card, such as sub-001/anat/[name]",
+        "1 label maps belong to no scan that is taken, such as labels/sub-0003_dseg.nii.gz",
+    ]

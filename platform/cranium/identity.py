@@ -153,8 +153,15 @@ def admit(
             },
         )
     names = Names(cohort, salt(store) if salted else None, tuple(sorted(left_out)))
-    table = _renamed(table, names, store, artefact) if salted else table
+    table = _renamed(table, names, store, artefact) if salted else _masked(table)
     return dataclasses.replace(table, refused=tuple(_refused(table, names))), names
+
+
+def _masked(table: CohortTable) -> CohortTable:
+    """The table with suspect pieces of the examples in its notes masked."""
+    keep = {word for s in table.sessions for word in (s.subject, s.session)}
+    notes = (EXAMPLES.sub(lambda m: privacy.masked(m[0], keep), note) for note in table.notes)
+    return dataclasses.replace(table, notes=tuple(notes))
 
 
 def _refused(table: CohortTable, names: Names) -> Iterator[Refused]:
