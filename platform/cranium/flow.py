@@ -144,7 +144,7 @@ def ingest(study: Study) -> dict[str, Artefact]:
             continue
         name = f"ingest {cohort}"
         made = _shard_set(study, cohort, raw)
-        if made.done:
+        if made.done and not (made.path / "work").is_dir():  # else it was killed before it had tidied up
             study.skipped(name)
         else:
             with study.stage(name) as tell, cluster.connect(study.machine):

@@ -20,13 +20,13 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from cranium import cohort, config, identity, place, provisions, shardset, store, versions
+from cranium import cohort, config, identity, place, provisions, series, shardset, store, versions
 from cranium.cards import Card
 from cranium.config import Compute, Ingest, Machine, UserError
 from cranium.place import Where, at
 from cranium.provisions import Provisions
 from cranium.store import Artefact
-from cranium.volume import fingerprint, labels, measure, nifti, normalise, shard, slices
+from cranium.volume import dicom, fingerprint, labels, measure, nifti, normalise, shard, slices
 from cranium.volume.quality import ASIDE, Rejected
 
 Progress = Callable[[int, int, str], None]
@@ -53,6 +53,7 @@ def ingest(
             if target.done:
                 shardset.tidy(target, base)  # the last one was killed between its manifest and its end
             else:
+                _begin(target, base)
                 ways = _mask_ways(card, spec, table)
                 needs = provisions.provide(spec, ways, machine, target.path / "work" / "provisions")
                 tell = progress or (lambda done, total, text: None)
@@ -100,6 +101,13 @@ def _target(card: Card, spec: Ingest, table: cohort.CohortTable, machine: Machin
 def _base(target: Artefact, machine: Machine) -> Where:
     """The folder the shards are written to."""
     return at(machine.shards, "ingest", target.path.name) if machine.shards else target.path
+
+
+def _begin(target: Artefact, base: Where) -> None:
+    """Where shards go elsewhere, say so in the store first: whoever tidies up or forgets finds what lies there."""
+    if str(base) != str(target.path):
+        (target.path / "work").mkdir(parents=True, exist_ok=True)
+        place.write(target.path / shard.PLACE, f"{base}\n")
 
 
 def _check_spec(card: Card, spec: Ingest) -> None:
@@ -181,7 +189,7 @@ def _ingest_session(row: dict[str, Any], job: _Job) -> dict[str, Any]:
     slices.limit_threads(spec.compute.threads or max(1, int(spec.compute.cpus_per_worker)))
     wanted = {channel: normalise.Wanted(*scan[1:]) for channel, scan in session["scans"].items()}
     ways = provisions.ways(job.provisions)
-    changed = nifti.changed(job.root, session["sizes"])
+    changed = series.changed(job.root, session["sizes"])
     late = {c: changed[p] for c, scan in wanted.items() for p in (scan.path, scan.mask) if p in changed}
     here = {channel: scan for channel, scan in wanted.items() if channel not in late}
     volumes, scans, rejected = normalise.read_scans(job.root, here, ways, spec.orientation)
@@ -214,7 +222,8 @@ def _ingest_session(row: dict[str, Any], job: _Job) -> dict[str, Any]:
             rejected |= conformed.rejected
             label_map = None
             if path := session["segmentation"]:
-                label_map, why = _label_map(job, path, scans, conformed)
+                late_map = changed.get(path)
+                label_map, why = (None, late_map) if late_map else _label_map(job, path, scans, conformed)
                 record["label_map"] = "rejected" if why else "accepted"
                 record["label_map_rejected"] = (
                     [*who, "segmentation", path, why.code, why.reason] if why else None
@@ -376,7 +385,7 @@ def _make(
     for folder in (job.work, at(base, "shards")):
         if not place.is_remote(folder):
             Path(folder).mkdir(parents=True, exist_ok=True)
-    sizes = dict(table.files)
+    sizes = series.sizes(table.files)
     sessions = [(s, wanted) for s in table.sessions if (wanted := _wanted(s, spec, sizes))["scans"]]
     known = [
         versions.Session(s.subject, s.session, _inputs(table.root, s, wanted), dict(s.values))
@@ -448,9 +457,10 @@ def _inputs(root: Path, session: cohort.Session, wanted: dict[str, Any]) -> str:
 
 
 def _look(path: Path) -> list[Any] | None:
-    """Size and time of a file, or of all files of a DICOM series."""
+    """Size and time of a file, or of all files in the folder of a DICOM series."""
     try:
-        if path.is_dir():
+        if dicom.is_series(path):
+            path = Path(dicom.split(str(path))[0])
             return [[str(p.relative_to(path)), _look(p)] for p in sorted(path.rglob("*")) if not p.is_dir()]
         stat = path.stat()
     except OSError:
@@ -463,9 +473,11 @@ def _wanted(session: cohort.Session, spec: Ingest, sizes: Mapping[str, int]) -> 
     found = {channel: session.scans.get(_source(spec, channel)) for channel in spec.channels}
     scans = {channel: (s.contrast, s.path, s.mask, s.note) for channel, s in found.items() if s}
     names = {"subject": session.subject, "session": session.session}
-    paths = {path for scan in scans.values() for path in scan[1:3] if path}
-    listed = {path: sizes[path] for path in sorted(paths) if path in sizes}
     values, label_map = dict(session.values), session.segmentation
+    paths = {path for scan in scans.values() for path in scan[1:3] if path} | (
+        {label_map} if label_map else set()
+    )
+    listed = series.listed(paths, sizes)
     return {**names, "scans": scans, "values": values, "segmentation": label_map, "sizes": listed}
 
 
