@@ -55,7 +55,7 @@ def test_rows_keyed_by_scan(tmp_path: Path) -> None:
     assert values == [{"age": 60.0}, {"age": 62.5}, {"age": None}]
     assert notes == (
         "1 subjects have no row in t.csv: 00002",
-        "1 rows of t.csv have ids of another form: bad id",
+        "1 rows of t.csv have ids of another form, such as bad id",
     )
 
 

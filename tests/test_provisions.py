@@ -15,9 +15,9 @@ from cranium.provisions import Provisions
 
 
 def test_nothing_is_needed_by_default(tmp_path: Path, machine: Machine) -> None:
-    assert provisions.provide(Preprocessing(), machine, tmp_path / "in") == Provisions()
+    assert provisions.provide(Preprocessing(), ("supplied",), machine, tmp_path / "in") == Provisions()
     assert not (tmp_path / "in").exists()
-    assert list(provisions.ways(("supplied", "otsu"), Provisions())) == ["supplied", "otsu"]
+    assert list(provisions.ways(Provisions(("supplied", "otsu")))) == ["supplied", "otsu"]
     assert provisions.template(Provisions()) is None
 
 
@@ -28,13 +28,15 @@ def test_a_template_comes_under_its_hash(tmp_path: Path, machine: Machine) -> No
     path = phantoms.write(tmp_path / "template.nii.gz", stripped, phantoms.affine())
     machine = machine.model_copy(update={"template": path})
     spec = Preprocessing(space="mni", template_sha256=store.sha256(path))
-    found = provisions.provide(spec, machine, tmp_path / "in")
+    found = provisions.provide(spec, spec.mask, machine, tmp_path / "in")
     assert found.template == tmp_path / "in" / path.name
     template = provisions.template(found)
     assert template is not None
     np.testing.assert_array_equal(template.brain, labels >= 2)
     with pytest.raises(UserError, match="template_sha256") as error:
-        provisions.provide(Preprocessing(space="mni", template_sha256="0" * 64), machine, tmp_path / "in")
+        provisions.provide(
+            Preprocessing(space="mni", template_sha256="0" * 64), ("supplied",), machine, tmp_path / "in"
+        )
     assert error.value.code == "TEMPLATE"
 
 
@@ -46,13 +48,15 @@ def test_weights_of_another_hash_are_refused_before_any_scan(tmp_path: Path, mac
     machine = machine.model_copy(update={"mask_command": line, "mask_weights": weights})
     spec = Preprocessing(mask=("supplied", "command"), mask_tool="synthstrip 1.4", mask_sha256="0" * 64)
     with pytest.raises(UserError, match="SHA-256") as error:
-        provisions.provide(spec, machine, tmp_path / "in")
+        provisions.provide(spec, spec.mask, machine, tmp_path / "in")
     assert error.value.code == "MASK_COMMAND"
     right = spec.model_copy(update={"mask_sha256": store.sha256(weights)})
-    found = provisions.provide(right, machine, tmp_path / "in")
-    assert list(provisions.ways(right.mask, found)) == ["supplied", "command"]
+    found = provisions.provide(right, right.mask, machine, tmp_path / "in")
+    assert list(provisions.ways(found)) == ["supplied", "command"]
     with pytest.raises(UserError) as error:
-        provisions.provide(spec, machine.model_copy(update={"mask_command": None}), tmp_path / "in")
+        provisions.provide(
+            spec, spec.mask, machine.model_copy(update={"mask_command": None}), tmp_path / "in"
+        )
     assert error.value.code == "NO_COMMAND"
 
 
@@ -61,5 +65,18 @@ def test_networks_that_cannot_be_had_are_said(
 ) -> None:
     monkeypatch.setattr(demo_sources, "fetch", lambda members, cache: ({}, {"deepbet": "no network"}, 0))
     with pytest.raises(UserError, match="deepbet, which could not be had: no network") as error:
-        provisions.provide(Preprocessing(mask=("deepbet",)), machine, tmp_path / "in")
+        provisions.provide(Preprocessing(mask=("deepbet",)), ("deepbet",), machine, tmp_path / "in")
     assert (error.value.code, error.value.exit_code) == ("FETCH", 1)
+
+
+def test_only_the_ways_that_a_cohort_needs() -> None:
+    chain = ("supplied", "deepbet", "otsu")
+
+    def ways(stripped: bool, all_supplied: bool, of: tuple[str, ...] = chain) -> tuple[str, ...]:
+        return provisions.mask_ways(of, stripped=stripped, all_supplied=all_supplied)
+
+    assert ways(False, True) == ("supplied",)  # nothing is fetched, and a damaged mask is told
+    assert ways(False, False) == chain
+    assert ways(True, False) == ("supplied", "otsu")
+    assert ways(True, False, ("deepbet",)) == ("deepbet",)  # asked for by name alone
+    assert ways(False, True, ("otsu",)) == ("otsu",)

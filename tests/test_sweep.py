@@ -120,6 +120,14 @@ def test_a_head_on_two_sides_is_refused_until_accepted_by_name(tmp_path: Path, h
     assert any("head" in stamp for stamp in stamps)
 
 
+def test_an_unknown_group_is_no_group(tmp_path: Path):
+    """Nobody is tied to anybody by an empty cell."""
+    gaps = {
+        name: [None if i % 5 == 0 else f"{name}{i}" for i in range(12)] for name in ("ssl", "home", "away")
+    }
+    assert sweep.assign(experiment(), sets(tmp_path, **gaps))[1] == ()
+
+
 def test_the_ssl_corpus_matters_only_to_backbones_made_from_it(tmp_path: Path):
     made = sets(tmp_path, ssl=["home1", "ssl1"])
     _, stamps = sweep.assign(experiment(init=["random", "covariates"]), made)

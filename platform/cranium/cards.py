@@ -207,6 +207,7 @@ class Card(Frozen):
     matched: str | None = None
     overlaps: tuple[Overlap, ...] = ()
     simulated: bool = False
+    stripped: bool = False  # the scans hold brain alone: what is not background is the mask
 
     @property
     def columns(self) -> tuple[str, ...]:

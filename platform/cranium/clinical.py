@@ -217,7 +217,7 @@ class _Join:
             tied = _some(map(str, self.tied))
             yield f"{len(self.tied)} sessions lie between two visits that differ in {name}, none taken: {tied}"
         if self.odd:
-            yield f"{len(self.odd)} rows of {name} have ids of another form: {_some(dict.fromkeys(self.odd))}"
+            yield f"{len(self.odd)} rows of {name} have ids of another form, such as {_some(dict.fromkeys(self.odd))}"
 
 
 @dataclass(frozen=True)

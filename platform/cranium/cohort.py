@@ -112,7 +112,7 @@ def scan(
     subjects = sorted({s.subject for s in sessions})
     walked = {overlap.cohort: translate(overlap, subjects, folders) for overlap in card.overlaps}
     overlap_ids = {other: ids for other, ids in walked.items() if ids is not None}
-    told = (*claimed.notes, *_unused(layout, files, claimed.claims))
+    told = (*claimed.notes, *_unused(layout, files, claimed.claims), *_unowned(layout, files, sessions))
     notes = (*alike, *_off(card, sessions), *told, *notes, *_unmapped(card, walked))
     return CohortTable(root, layout, sessions, refused, used, read, notes, overlap_ids)
 
@@ -149,6 +149,16 @@ def _unused(layout: Layout, files: Mapping[str, int], claims: Claims) -> Iterato
     left = [path for path in left if not path.rpartition("/")[2].startswith(".")]
     if left:
         yield f"{len(left)} NIfTI files fit no pattern of the card, such as {', '.join(left[:3])}"
+
+
+def _unowned(layout: Layout, files: Mapping[str, int], sessions: tuple[Session, ...]) -> Iterator[str]:
+    """Label maps of subjects none of whose maps is taken: a typing error in a name would lose them unseen."""
+    taken = {session.segmentation for session in sessions}
+    found = [(fields["subject"], path) for p in layout.segmentation for path, fields in matching(p, files)]
+    served = {subject for subject, path in found if path in taken}
+    left = {path for subject, path in found if subject not in served}
+    if left:
+        yield f"{len(left)} label maps belong to no scan that is taken, such as {', '.join(sorted(left)[:3])}"
 
 
 def _unmapped(card: Card, walked: Mapping[str, object]) -> Iterator[str]:

@@ -105,7 +105,8 @@ class Preprocessing(Frozen):
     orientation: Literal["agree", "sform", "qform", "assume_ras"] = (
         "agree"  # where a header contradicts itself
     )
-    mask: tuple[MaskWay, ...] = ("supplied",)  # ways to a brain mask, the first that gives one; see docs
+    # Ways to a brain mask, the first that gives one: docs/preprocessing.md.
+    mask: tuple[MaskWay, ...] = ("supplied", "deepbet", "otsu")
     mask_tool: str | None = None  # name and version of the program of mask: command
     mask_sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$")  # of its weights
     align: Literal["none", "grids_differ", "always"] = (
@@ -298,9 +299,8 @@ class Pretrain(Frozen):
     # a part at a time, so this is not the loss of the whole batch, and is no setting of `compute`.
     accumulate: int = Field(1, ge=1)
     seed: int = 0
-    continue_from: str | None = (
-        None  # a folder of <store>/pretrain: its last checkpoint, under these settings
-    )
+    # A folder of <store>/pretrain: its last checkpoint, under these settings.
+    continue_from: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     crops: Crops = Crops()
     loss: Loss = Loss()
     optimiser: Optimiser = Optimiser()

@@ -144,7 +144,7 @@ def ingest(study: Study) -> dict[str, Artefact]:
             continue
         name = f"ingest {cohort}"
         made = _shard_set(study, cohort, raw)
-        if made.done:
+        if made.done and not (made.path / "work").is_dir():  # else it was killed before it had tidied up
             study.skipped(name)
         else:
             with study.stage(name) as tell, cluster.connect(study.machine):
@@ -266,7 +266,13 @@ def _monitored(study: Study, sets: Mapping[str, Artefact]) -> Artefact | None:
     """The shard set the teacher is looked at on, if one is named."""
     assert study.exp.pretrain
     spec = study.exp.pretrain.compute.monitor
-    return _had(ingested(study, (spec.cohort,)) | dict(sets), study, spec.cohort) if spec else None
+    if spec is None:
+        return None
+    if unknown := sorted(set(spec.labels) - set(study.cards[spec.cohort].labels)):
+        raise UserError(
+            "CONFIG", f"pretrain.compute.monitor.labels: {spec.cohort} declares no label {unknown}"
+        )
+    return _had(ingested(study, (spec.cohort,)) | dict(sets), study, spec.cohort)
 
 
 def embed(

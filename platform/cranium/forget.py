@@ -24,7 +24,7 @@ from cranium import identity, place, shardset, store, track, versions
 from cranium.config import Machine, UserError, fingerprint
 from cranium.patterns import tidy
 from cranium.store import Artefact
-from cranium.volume import shard
+from cranium.volume import privacy, shard
 
 STAGES = ("embed", "pretrain", "adapt", "sweep", "report")  # and whatever else names what it was made from
 OURS = (
@@ -70,8 +70,7 @@ class _Subject:
 
     @property
     def pattern(self) -> re.Pattern[str]:
-        words = "|".join(re.escape(name) for name in sorted(self.names, key=len, reverse=True))
-        return re.compile(rf"(?<![^\W_])(?:{words})(?![^\W_])")
+        return privacy.naming(self.names)
 
 
 def forget(machine: Machine, cohort: str, subject: str, tell: Tell = lambda text: None) -> Forgotten:
@@ -98,6 +97,7 @@ def forget(machine: Machine, cohort: str, subject: str, tell: Tell = lambda text
                     _left_out(made, who.key)
                 done.rewritten.append(made.id)
                 tell(f"rewritten: {made.id}")
+        _mappings(machine.store, who)
         for begun in versions.unfinished(machine.store, cohort):
             _discard(begun)
             tell(f"removed: {begun.id}, which was never finished")
@@ -120,6 +120,21 @@ def _left_out(made: Artefact, key: str) -> None:
         base = shard.base(made.path)
         store.commit(base, made.manifest() | {"forgotten": sorted([*known, key])})
         shardset.fetch(made, base)
+
+
+def _mappings(folder: Path, who: _Subject) -> None:
+    """Take the subject out of what other collections say of who is also in this one."""
+    for made in store.find(folder, "ingest"):
+        manifest = made.manifest()
+        every = manifest.get("overlap_ids") or {}
+        ids = every.get(who.cohort, {})
+        left = {ours: [t for t in theirs if tidy(t) not in who.names] for ours, theirs in ids.items()}
+        if left != ids:
+            with store.lock(folder, made.id):
+                base = shard.base(made.path)
+                mapping = {ours: theirs for ours, theirs in left.items() if theirs}
+                store.commit(base, manifest | {"overlap_ids": every | {who.cohort: mapping}})
+                shardset.fetch(made, base)
 
 
 def traces(machine: Machine, cohort: str, subject: str) -> list[str]:
@@ -266,7 +281,7 @@ def _empty(made: Artefact) -> None:
 
 def _discard(made: Artefact) -> None:
     base = shard.base(made.path)
-    if place.is_remote(base):
+    if base != str(made.path):
         place.remove_folder(base)
     store.discard(made.path)
 

@@ -16,18 +16,22 @@ import secrets
 import stat
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cranium.cohort import CohortTable, Session
+from cranium.cohort import CohortTable, Refused, Session
 from cranium.config import UserError
 from cranium.patterns import tidy
 from cranium.volume import privacy
 
 PRIVATE = "private"
 FORGOTTEN = "forgotten.json"
+EXAMPLES = re.compile(
+    r"[,;] such as .*", re.DOTALL
+)  # at the end of a note: paths, or ids of people who are not here
 
 
 # ---- the private folder ---------------------------------------------------------------------------------------------
@@ -137,25 +141,51 @@ def admit(
     if gone:
         key = {subject: forgotten_key(store, cohort, subject) for subject in _subjects(table)}
         left_out = {k for k in key.values() if k in gone}
+        named = privacy.naming(subject for subject, k in key.items() if k in gone)
         table = dataclasses.replace(
             table,
             sessions=tuple(s for s in table.sessions if key[s.subject] not in gone),
             refused=tuple(r for r in table.refused if key[r.subject] not in gone),
-            notes=tuple(
-                n for n in table.notes if not _names_one(n, [s for s, k in key.items() if k in gone])
-            ),
+            notes=tuple(note for note in table.notes if not named.search(note)),
+            overlap_ids={
+                other: _without_forgotten(ids, cohort, other, store, gone)
+                for other, ids in table.overlap_ids.items()
+            },
         )
     names = Names(cohort, salt(store) if salted else None, tuple(sorted(left_out)))
-    table = _renamed(table, names, store, artefact) if salted else table
-    covered = tuple(
-        dataclasses.replace(
-            r,
-            path=names.path(r.path, r.subject, r.session),
-            reason=_replaced(r.reason, {p: names.path(p, r.subject, r.session) for p, _ in table.files}),
-        )
-        for r in table.refused
-    )
-    return dataclasses.replace(table, refused=covered), names
+    table = _renamed(table, names, store, artefact) if salted else _masked(table)
+    return dataclasses.replace(table, refused=tuple(_refused(table, names))), names
+
+
+def _masked(table: CohortTable) -> CohortTable:
+    """The table with suspect pieces of the examples in its notes masked."""
+    keep = {word for s in table.sessions for word in (s.subject, s.session)}
+    notes = (EXAMPLES.sub(lambda m: privacy.masked(m[0], keep), note) for note in table.notes)
+    return dataclasses.replace(table, notes=tuple(notes))
+
+
+def _refused(table: CohortTable, names: Names) -> Iterator[Refused]:
+    """What was refused, under the names that outputs give; a reason may name another file or series of its subject."""
+    paths: dict[str, set[str]] = defaultdict(set)
+    for s in table.sessions:
+        paths[s.subject] |= _paths(s)
+    for r in table.refused:
+        paths[r.subject].add(r.path)
+    for r in table.refused:
+        shown = {path: names.path(path, r.subject, r.session) for path in paths[r.subject]}
+        yield dataclasses.replace(r, path=shown[r.path], reason=_replaced(r.reason, shown))
+
+
+def _without_forgotten(
+    ids: Mapping[str, tuple[str, ...]], cohort: str, other: str, store: Path, gone: Container[str]
+) -> dict[str, tuple[str, ...]]:
+    """A mapping of ids to another collection's, without who was forgotten on either side."""
+    left = {}
+    for ours, theirs in ids.items():
+        known = tuple(t for t in theirs if forgotten_key(store, other, tidy(t)) not in gone)
+        if known and forgotten_key(store, cohort, ours) not in gone:
+            left[ours] = known
+    return left
 
 
 def _subjects(table: CohortTable) -> list[str]:
@@ -180,12 +210,12 @@ def _renamed(table: CohortTable, names: Names, store: Path, artefact: str) -> Co
         )
         for s in table.sessions
     ]
-    found = re.compile("|".join(rf"(?<!\w){re.escape(i)}(?!\w)" for i in sorted(ids, key=len, reverse=True)))
+    found = privacy.naming(ids)
     return dataclasses.replace(
         table,
         sessions=tuple(sorted(sessions, key=lambda s: (s.subject, s.session))),
         refused=tuple(dataclasses.replace(r, subject=keys[r.subject]) for r in table.refused),
-        notes=tuple(found.sub(lambda m: keys[m[0]], note) for note in table.notes),
+        notes=tuple(found.sub(lambda m: keys[m[0]], EXAMPLES.sub("", note)) for note in table.notes),
         overlap_ids={
             other: {
                 keys[ours]: tuple(subject_key(secret, other, one) for one in theirs)
@@ -194,10 +224,6 @@ def _renamed(table: CohortTable, names: Names, store: Path, artefact: str) -> Co
             for other, ids in table.overlap_ids.items()
         },
     )
-
-
-def _names_one(note: str, subjects: Iterable[str]) -> bool:
-    return any(re.search(rf"(?<!\w){re.escape(s)}(?!\w)", note) for s in subjects)
 
 
 def _paths(session: Session) -> set[str]:
@@ -213,7 +239,7 @@ def cover(
     result = []
     for record, session in zip(records, sessions, strict=True):
         shown = {path: names.path(path, session.subject, session.session) for path in _paths(session)}
-        covered = dict(record) | {"rejected": _covered(record["rejected"], shown)}
+        covered = dict(record) | {k: _covered(record[k], shown) for k in ("rejected", "label_map_rejected")}
         if "session" in record:
             covered["session"] = {name: _column(value, shown) for name, value in record["session"].items()}
         result.append(covered)
@@ -276,4 +302,6 @@ def without_copies(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]
             "warned": 0,
             "rejected": [*record["rejected"], *rejected],
         }
+        if record.get("label_map") == "accepted":
+            kept[i]["label_map"] = "unused"
     return [kept[i] for i in range(len(records))]

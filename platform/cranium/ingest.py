@@ -20,13 +20,13 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from cranium import cohort, config, identity, place, provisions, shardset, store, versions
+from cranium import cohort, config, identity, place, provisions, series, shardset, store, versions
 from cranium.cards import Card
 from cranium.config import Compute, Ingest, Machine, UserError
 from cranium.place import Where, at
 from cranium.provisions import Provisions
 from cranium.store import Artefact
-from cranium.volume import fingerprint, labels, measure, nifti, normalise, shard, slices
+from cranium.volume import dicom, fingerprint, labels, measure, nifti, normalise, shard, slices
 from cranium.volume.quality import ASIDE, Rejected
 
 Progress = Callable[[int, int, str], None]
@@ -53,7 +53,9 @@ def ingest(
             if target.done:
                 shardset.tidy(target, base)  # the last one was killed between its manifest and its end
             else:
-                needs = provisions.provide(spec, machine, target.path / "work" / "provisions")
+                _begin(target, base)
+                ways = _mask_ways(card, spec, table)
+                needs = provisions.provide(spec, ways, machine, target.path / "work" / "provisions")
                 tell = progress or (lambda done, total, text: None)
                 _make(card, spec, table, target, base, machine, needs, tell)
     except UserError:
@@ -72,6 +74,12 @@ def ingest(
         message = f"{base} was finished by another process meanwhile; run again to use what it made"
         raise UserError("BUSY", message) from error
     return target
+
+
+def _mask_ways(card: Card, spec: Ingest, table: cohort.CohortTable) -> tuple[str, ...]:
+    wanted = [[s.scans.get(_source(spec, channel)) for channel in spec.channels] for s in table.sessions]
+    supplied = [any(scan.mask for scan in scans if scan) for scans in wanted if any(scans)]
+    return provisions.mask_ways(spec.mask, stripped=card.stripped, all_supplied=all(supplied))
 
 
 def artefact(card: Card, raw: Path, spec: Ingest, machine: Machine) -> Artefact:
@@ -93,6 +101,13 @@ def _target(card: Card, spec: Ingest, table: cohort.CohortTable, machine: Machin
 def _base(target: Artefact, machine: Machine) -> Where:
     """The folder the shards are written to."""
     return at(machine.shards, "ingest", target.path.name) if machine.shards else target.path
+
+
+def _begin(target: Artefact, base: Where) -> None:
+    """Where shards go elsewhere, say so in the store first: whoever tidies up or forgets finds what lies there."""
+    if str(base) != str(target.path):
+        (target.path / "work").mkdir(parents=True, exist_ok=True)
+        place.write(target.path / shard.PLACE, f"{base}\n")
 
 
 def _check_spec(card: Card, spec: Ingest) -> None:
@@ -118,7 +133,17 @@ def _source(spec: Ingest, channel: str) -> str:
 
 
 def _key(card: Card, spec: Ingest, table: cohort.CohortTable) -> dict[str, Any]:
-    shapes = {"name", "layouts", "segmentation", "tables", "labels", "groups", "matched", "simulated"}
+    shapes = {
+        "name",
+        "layouts",
+        "segmentation",
+        "stripped",
+        "tables",
+        "labels",
+        "groups",
+        "matched",
+        "simulated",
+    }
     return {
         "recipe": shardset.RECIPE,
         "card": card.model_dump(mode="json", include=shapes),
@@ -163,8 +188,8 @@ def _ingest_session(row: dict[str, Any], job: _Job) -> dict[str, Any]:
     spec, index, session = job.spec, int(row["index"]), json.loads(row["session"])
     slices.limit_threads(spec.compute.threads or max(1, int(spec.compute.cpus_per_worker)))
     wanted = {channel: normalise.Wanted(*scan[1:]) for channel, scan in session["scans"].items()}
-    ways = provisions.ways(spec.mask, job.provisions)
-    changed = nifti.changed(job.root, session["sizes"])
+    ways = provisions.ways(job.provisions)
+    changed = series.changed(job.root, session["sizes"])
     late = {c: changed[p] for c, scan in wanted.items() for p in (scan.path, scan.mask) if p in changed}
     here = {channel: scan for channel, scan in wanted.items() if channel not in late}
     volumes, scans, rejected = normalise.read_scans(job.root, here, ways, spec.orientation)
@@ -197,7 +222,8 @@ def _ingest_session(row: dict[str, Any], job: _Job) -> dict[str, Any]:
             rejected |= conformed.rejected
             label_map = None
             if path := session["segmentation"]:
-                label_map, why = _label_map(job, path, scans, conformed)
+                late_map = changed.get(path)
+                label_map, why = (None, late_map) if late_map else _label_map(job, path, scans, conformed)
                 record["label_map"] = "rejected" if why else "accepted"
                 record["label_map_rejected"] = (
                     [*who, "segmentation", path, why.code, why.reason] if why else None
@@ -359,13 +385,13 @@ def _make(
     for folder in (job.work, at(base, "shards")):
         if not place.is_remote(folder):
             Path(folder).mkdir(parents=True, exist_ok=True)
-    sizes = dict(table.files)
+    sizes = series.sizes(table.files)
     sessions = [(s, wanted) for s in table.sessions if (wanted := _wanted(s, spec, sizes))["scans"]]
     known = [
         versions.Session(s.subject, s.session, _inputs(table.root, s, wanted), dict(s.values))
         for s, wanted in sessions
     ]
-    pixels = _pixels(card, spec)
+    pixels = _pixels(card, spec, needs.ways)
     earlier = store.find(machine.store, "ingest", card.name)
     kept = versions.keep(base, earlier, pixels, known, spec.shard_mb << 20)
     have = place.names(job.work)
@@ -415,10 +441,10 @@ def _make(
 OURS = ("index", "at", "kept")  # of a record, while work goes on
 
 
-def _pixels(card: Card, spec: Ingest) -> str:
+def _pixels(card: Card, spec: Ingest, ways: tuple[str, ...]) -> str:
     """Fingerprint of what shapes rows beside the files: versions that share it can share shards."""
-    shapes = card.model_dump(mode="json", include={"name", "layouts", "segmentation"})
-    shapes_too = [spec.preprocessing, spec.codec, spec.shard_mb, spec.suspects]
+    shapes = card.model_dump(mode="json", include={"name", "layouts", "segmentation", "stripped"})
+    shapes_too = [ways, spec.preprocessing, spec.codec, spec.shard_mb, spec.suspects]
     return config.fingerprint([shardset.RECIPE, shapes, *shapes_too])
 
 
@@ -431,9 +457,10 @@ def _inputs(root: Path, session: cohort.Session, wanted: dict[str, Any]) -> str:
 
 
 def _look(path: Path) -> list[Any] | None:
-    """Size and time of a file, or of all files of a DICOM series."""
+    """Size and time of a file, or of all files in the folder of a DICOM series."""
     try:
-        if path.is_dir():
+        if dicom.is_series(path):
+            path = Path(dicom.split(str(path))[0])
             return [[str(p.relative_to(path)), _look(p)] for p in sorted(path.rglob("*")) if not p.is_dir()]
         stat = path.stat()
     except OSError:
@@ -446,9 +473,11 @@ def _wanted(session: cohort.Session, spec: Ingest, sizes: Mapping[str, int]) -> 
     found = {channel: session.scans.get(_source(spec, channel)) for channel in spec.channels}
     scans = {channel: (s.contrast, s.path, s.mask, s.note) for channel, s in found.items() if s}
     names = {"subject": session.subject, "session": session.session}
-    paths = {path for scan in scans.values() for path in scan[1:3] if path}
-    listed = {path: sizes[path] for path in sorted(paths) if path in sizes}
     values, label_map = dict(session.values), session.segmentation
+    paths = {path for scan in scans.values() for path in scan[1:3] if path} | (
+        {label_map} if label_map else set()
+    )
+    listed = series.listed(paths, sizes)
     return {**names, "scans": scans, "values": values, "segmentation": label_map, "sizes": listed}
 
 

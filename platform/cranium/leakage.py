@@ -106,7 +106,11 @@ def _units(shard_set: Artefact) -> pd.DataFrame:
     for group in card["groups"]:
         # Simulated cohorts share their source heads by name; families and the like are numbered per collection.
         shared = bool(card["simulated"])
-        units[group] = [(str(v) if shared else f"{cohort}/{v}",) for v in table[group]]
+        known = table[group].notna()  # where a table says nothing there is nothing to share
+        units[group] = [
+            (str(v) if shared else f"{cohort}/{v}",) if k else ()
+            for v, k in zip(table[group], known, strict=True)
+        ]
     return pd.DataFrame(units)
 
 

@@ -21,16 +21,31 @@ TEMPLATE = next(source.t1 for source in SOURCES if source.name == "mni152")
 
 @dataclass(frozen=True)
 class Provisions:
+    ways: tuple[str, ...] = ("supplied",)  # to a brain mask, in order
     networks: tuple[Path, ...] = ()  # deepbet's coarse and fine one
     command: tuple[str, ...] = ()
     template: Path | None = None
 
 
-def provide(spec: Preprocessing, machine: Machine, folder: Path) -> Provisions:
-    """Fetch and check what the settings name, and copy it into `folder`. Raises `UserError`."""
-    networks = _fetch(NETWORKS, machine, folder, "ingest.mask: deepbet") if "deepbet" in spec.mask else ()
+COMPUTED = ("deepbet", "command")  # ways to a mask that look for a brain in a head
+
+
+def mask_ways(chain: tuple[str, ...], *, stripped: bool, all_supplied: bool) -> tuple[str, ...]:
+    """The ways that a cohort needs of those asked for.
+
+    Where every session comes with a mask, one that is damaged is told and not replaced. Where scans are stripped, there
+    is no head to look for a brain in: `otsu` then takes what is not background, and is exact.
+    """
+    if all_supplied and chain[0] == "supplied":
+        return chain[:1]
+    return tuple(way for way in chain if not (stripped and way in COMPUTED)) or chain
+
+
+def provide(spec: Preprocessing, ways: tuple[str, ...], machine: Machine, folder: Path) -> Provisions:
+    """Fetch and check what the settings and the ways to a mask need, and copy it into `folder`. Raises `UserError`."""
+    networks = _fetch(NETWORKS, machine, folder, "ingest.mask: deepbet") if "deepbet" in ways else ()
     command: tuple[str, ...] = ()
-    if "command" in spec.mask:
+    if "command" in ways:
         if machine.mask_command is None:
             raise UserError(
                 "NO_COMMAND", "ingest.mask: command needs mask_command='program -i {input} -o {output}'"
@@ -39,7 +54,9 @@ def provide(spec: Preprocessing, machine: Machine, folder: Path) -> Provisions:
             command = tuple(external.parse(machine.mask_command, machine.mask_weights, spec.mask_sha256))
         except ValueError as error:
             raise UserError("MASK_COMMAND", str(error)) from error
-    return Provisions(networks, command, _template(spec, machine, folder) if spec.space == "mni" else None)
+    return Provisions(
+        ways, networks, command, _template(spec, machine, folder) if spec.space == "mni" else None
+    )
 
 
 def _template(spec: Preprocessing, machine: Machine, folder: Path) -> Path:
@@ -71,7 +88,7 @@ def _copied(path: Path, folder: Path) -> Path:
 
 
 @functools.cache
-def ways(chain: tuple[str, ...], provisions: Provisions) -> dict[str, Segment | None]:
+def ways(provisions: Provisions) -> dict[str, Segment | None]:
     """The ways to a brain mask, by name, in order; networks are loaded once a process."""
     known: dict[str, Segment | None] = {"supplied": None, "otsu": None}
     if provisions.command:
@@ -81,7 +98,7 @@ def ways(chain: tuple[str, ...], provisions: Provisions) -> dict[str, Segment | 
 
         networks = brainmask.load(*provisions.networks)
         known["deepbet"] = lambda data, affine: brainmask.segment(data, affine, networks)
-    return {way: known[way] for way in chain}
+    return {way: known[way] for way in provisions.ways}
 
 
 @functools.cache

@@ -9,6 +9,8 @@ the layout's `repeats` says.
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -101,6 +103,39 @@ def identity(paths: Iterable[str], files: Mapping[str, int]) -> Iterator[tuple[s
     for path in sorted(files):
         if path in wanted or _parent(path) in wanted:
             yield path, files[path]
+
+
+def sizes(files: Iterable[tuple[str, int]]) -> dict[str, int]:
+    """Bytes of every file, and of the files in every folder."""
+    found = dict(files)
+    folders: Counter[str] = Counter()
+    for path, size in found.items():
+        folders[_parent(path)] += size
+    return {**folders, **found}
+
+
+def listed(paths: Iterable[str], known: Mapping[str, int]) -> dict[str, int]:
+    """By `sizes`, what the scans at these paths hold: of a series, its whole folder."""
+    of = {path: path if path in known else dicom.split(path)[0] for path in sorted(paths)}
+    return {path: known[place] for path, place in of.items() if place in known}
+
+
+def changed(root: Path, listed: Mapping[str, int]) -> dict[str, Rejected]:
+    """Of scans that held so many bytes when the folder was listed, those that hold others by now, as rejections."""
+    found = {}
+    for path, size in listed.items():
+        with contextlib.suppress(OSError):  # reading it will say so
+            if (now := _bytes(root / path)) != size >= 0:
+                reason = f"had {size} bytes when the folder was listed, has {now} now; ingest again when it is whole"
+                found[path] = Rejected("IO", reason)
+    return found
+
+
+def _bytes(path: Path) -> int:
+    if not dicom.is_series(path):
+        return path.stat().st_size
+    with os.scandir(dicom.split(str(path))[0]) as entries:
+        return sum(entry.stat().st_size for entry in entries if not entry.is_dir())
 
 
 def _parent(path: str) -> str:

@@ -194,7 +194,7 @@ def _loop(
             values |= {"sys/data_wait_seconds": waited, "sys/data_wait_share": waited / seconds}
             values |= {"sys/stacks_per_second": spec.batch_size / seconds}
             run.journal.metrics(batch.step, values)
-        _require_finite(terms["loss"], batch, done, spec)
+        _require_finite(terms["loss"], norm, batch, done, spec)
         asked = _asked(run, done, spec)
         leaving, preempted = asked == "leave", asked == "save" and not warned
         warned = warned or preempted
@@ -254,16 +254,16 @@ def _asked(run: Run, done: int, spec: Pretrain) -> Literal["leave", "save"] | No
     return "save" if ray.train.get_preemption_info() is not None else None
 
 
-def _require_finite(loss: Tensor, batch: stream.Batch, done: int, spec: Pretrain) -> None:
+def _require_finite(loss: Tensor, norm: Tensor, batch: stream.Batch, done: int, spec: Pretrain) -> None:
     # One host sync per log interval only: a NaN is noticed before it is checkpointed, not at every step.
     due = (
         done % spec.compute.log_every == 0 or done % spec.compute.checkpoint_every == 0 or done == spec.steps
     )
-    if due and not math.isfinite(float(loss)):
+    if due and not (math.isfinite(float(loss)) and math.isfinite(float(norm))):
         raise UserError(
             "NOT_FINITE",
-            f"the loss is {float(loss)} at step {batch.step} (seed {spec.seed}); lower pretrain.optimiser.lr, or set "
-            "pretrain.compute.precision=fp32",
+            f"the loss is {float(loss)}, the gradient's norm {float(norm)} at step {batch.step} (seed {spec.seed}); "
+            "lower pretrain.optimiser.lr, or set pretrain.compute.precision=fp32",
             exit_code=1,
         )
 
@@ -320,8 +320,14 @@ def _restore(method: DINOv2, optimiser: torch.optim.Optimizer, continued: str | 
         except checkpoint.Damaged as damage:
             print(f"checkpoint left out: {damage}", flush=True)
             continue
-        method.load_state_dict(state["method"])
-        optimiser.load_state_dict(state["optimiser"])
+        try:
+            method.load_state_dict(state["method"])
+            optimiser.load_state_dict(state["optimiser"])
+        except (RuntimeError, KeyError, ValueError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(
+                "CHECKPOINT", f"{folder} holds another network or other heads: {reason}"
+            ) from None
         return int(state["step"])
     if folders:
         raise UserError("CHECKPOINT", f"none of {len(folders)} checkpoints of this run is whole", 1)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from cranium import place, shardset, store, trust
 from cranium.config import UserError
 from cranium.place import Where, at
 from cranium.store import Artefact
-from cranium.volume import shard
+from cranium.volume import privacy, shard
 
 # ---- over an earlier one --------------------------------------------------------------------------------------------
 
@@ -93,7 +92,9 @@ def _unchanged(version: Artefact, pixels: str, sessions: Sequence[Session]) -> d
     same = {}
     for place_now, wanted in enumerate(sessions):
         one = known.get((wanted.subject, wanted.session))
-        if one is not None and one.inputs == wanted.inputs:
+        # A copy is one only as long as its original is there, so that is judged anew.
+        copy = one is not None and any(row[5] == "DUP_CONTENT" for row in one.record["rejected"])
+        if one is not None and one.inputs == wanted.inputs and not copy:
             same[place_now] = one.record | {"index": place_now}
             if one.record["row_groups"]:
                 same[place_now]["session"] = one.record["session"] | wanted.values
@@ -145,7 +146,11 @@ def rewrite(artefact: Artefact, drop: Callable[[str, str], bool]) -> Rewritten:
     The manifest is replaced, then the old bytes are removed. Another version may hold the same shard under a hard
     link: rewrite every version. Hold the artefact's lock. After a kill, call it again: it goes on.
     """
-    manifest, base = artefact.manifest(), shard.base(artefact.path)
+    base = shard.base(artefact.path)
+    shardset.fetch(
+        artefact, base
+    )  # of an attempt that was killed between its manifest there and the one here
+    manifest = artefact.manifest()
     done = shardset.records(artefact.path)
     old = [pq.read_table(artefact.path / name) for name in shardset.TABLES]
     known = {(one.subject, one.session) for one in done} | {
@@ -174,7 +179,7 @@ def rewrite(artefact: Artefact, drop: Callable[[str, str], bool]) -> Rewritten:
     ]
     quarantine = tables[1].to_pylist()
     people = {subject for subject, _ in gone}
-    names = re.compile("|".join(rf"(?<!\w){re.escape(subject)}(?!\w)" for subject, _ in sorted(gone)))
+    names = privacy.naming(people)
     read = sum(len(one.record["rejected"]) + (one.record["label_map_rejected"] is not None) for one in kept)
     counts = shardset.counts_of(kept, len(quarantine) - read, left)
     sessions = [one.record["session"] for one in kept if one.record["row_groups"]]

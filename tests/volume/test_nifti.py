@@ -459,13 +459,6 @@ def test_errors_of_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num
     assert error.value.code == "IO" and "secret" not in error.value.reason
 
 
-def test_files_that_changed_since_they_were_listed(tmp_path: Path) -> None:  # I23
-    size = file(tmp_path, stored()).stat().st_size
-    assert nifti.changed(tmp_path, {"a.nii": size, "gone.nii": 5, "broken.nii": -1}) == {}
-    found = nifti.changed(tmp_path, {"a.nii": size - 8})
-    assert found["a.nii"].code == "IO" and f"has {size} now" in found["a.nii"].reason
-
-
 def test_a_file_that_grows_while_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # I23
     path = file(tmp_path, stored())
     true = os.fstat

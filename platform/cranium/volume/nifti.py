@@ -8,7 +8,6 @@ are only looked at for what identifies a person (`privacy.py`).
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import hashlib
 import os
@@ -81,17 +80,6 @@ def read(
     stored = np.frombuffer(body, header.dtype, header.voxels, header.offset)
     data = _scaled(stored, header, notes, labels).reshape(header.dims, order="F")
     return Volume(data, header.affine, tuple(notes), digest)
-
-
-def changed(root: Path, sizes: Mapping[str, int]) -> dict[str, Rejected]:
-    """Of files that had these sizes when the folder was listed, those that have another by now, as rejections."""
-    found = {}
-    for path, size in sizes.items():
-        with contextlib.suppress(OSError):  # reading it will say so
-            if (now := (root / path).stat().st_size) != size >= 0:
-                reason = f"had {size} bytes when the folder was listed, has {now} now; ingest again when it is whole"
-                found[path] = Rejected("IO", reason)
-    return found
 
 
 def refuse_suspects(volumes: Mapping[str, Volume]) -> dict[str, Rejected]:

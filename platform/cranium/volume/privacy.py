@@ -162,6 +162,12 @@ def masked(text: str, keep: Iterable[str] = ()) -> str:
     return text
 
 
+def naming(ids: Iterable[str]) -> re.Pattern[str]:
+    """Finds any of some ids as a word of its own, also beside the `_` of a file name; nothing where there are none."""
+    words = "|".join(re.escape(one) for one in sorted(ids, key=lambda one: (-len(one), one)))
+    return re.compile(rf"(?<![^\W_])(?:{words or '(?!)'})(?![^\W_])")
+
+
 # ---- identifiers ----------------------------------------------------------------------------------------------------
 
 
