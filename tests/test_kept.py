@@ -16,7 +16,7 @@ from rich.console import Console
 import dicoms
 import phantoms
 from cranium import cohort, flow, forget, identity, ingest, place, series, shardset, store, trust
-from cranium.cards import Card
+from cranium.cards import Card, Overlap
 from cranium.config import Experiment, Ingest, Machine
 from cranium.store import Artefact
 
@@ -300,3 +300,12 @@ def test_label_maps_of_nobody_are_told_and_examples_are_masked(tree: Path) -> No
         "1 NIfTI files fit no pattern of the card, such as sub-001/anat/[name]",
         "1 label maps belong to no scan that is taken, such as labels/sub-0003_dseg.nii.gz",
     ]
+
+
+def test_an_overlap_added_to_a_card_makes_a_new_version(tmp_path: Path) -> None:
+    """The leakage gate reads overlaps in the manifest: one declared later must get there."""
+    raw = phantoms.bids_tree(tmp_path, num_subjects=1)
+    machine, plain = Machine(store=tmp_path / "store"), Card.model_validate(phantoms.card())
+    declared = plain.model_copy(update={"overlaps": (Overlap(cohort="other", reason="suspected"),)})
+    ids = {ingest.artefact(card, raw, Ingest(), machine).id for card in (plain, declared)}
+    assert len(ids) == 2

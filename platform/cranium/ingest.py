@@ -154,6 +154,9 @@ def _key(card: Card, spec: Ingest, table: cohort.CohortTable) -> dict[str, Any]:
         "suspects": spec.suspects,
         "files": table.files,
         "tables": [store.sha256(path) for path in table.tables],
+        "overlaps": sorted(
+            overlap.cohort for overlap in card.overlaps
+        ),  # the leakage gate reads them in the manifest
         **({"overlap_ids": table.overlap_ids} if table.overlap_ids else {}),
     }
 
