@@ -13,7 +13,13 @@ from cranium.config import Ingest, Machine
 from cranium.store import Artefact
 
 SPEC = Ingest(
-    size=56, spacing_mm=4.0, slice_spacing_mm=4.0, shard_mb=1, align="none", compute={"num_workers": 2}
+    size=56,
+    spacing_mm=4.0,
+    slice_spacing_mm=4.0,
+    shard_mb=1,
+    mask=("supplied",),
+    align="none",
+    compute={"num_workers": 2},
 )
 CARD = Card.model_validate(phantoms.card())
 

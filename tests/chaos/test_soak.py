@@ -32,6 +32,7 @@ SETTINGS = (
     "ingest.slice_spacing_mm=4",
     "ingest.shard_mb=4",
     "ingest.align=none",
+    "ingest.mask=[supplied]",
 )
 
 
