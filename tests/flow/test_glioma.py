@@ -57,7 +57,7 @@ def tumour_per_slice(test_data: Path, sessions: pd.DataFrame) -> dict[tuple[str,
         labels = nifti.read(path, orientation="sform")
         shape = tuple(json.loads(row.crop)["shape"])
         grid = slices.Grid(shape, np.array(json.loads(row.stack_affine)))
-        # Every second voxel of 1 mm lies half-way between two pixels of 2 mm: which is nearest depends on the axis' sense.
+        # Every second voxel of 1 mm is half-way between two pixels of 2 mm: the axis decides.
         on_grid = slices.onto_grid(*nifti.to_ras(labels.data, labels.affine), grid, labels=True)
         voxel = abs(np.linalg.det(grid.affine[:3, :3])) / 1000
         for index in range(shape[0]):
