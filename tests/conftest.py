@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -45,6 +46,14 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[cluster.Co
             yield connection
     finally:
         os.environ.pop("PYTHONPATH") if before is None else os.environ.update(PYTHONPATH=before)
+
+
+@pytest.fixture
+def interrupts() -> Iterator[None]:
+    """SIGINT raises `KeyboardInterrupt`, also where whoever started the tests has it ignored (a job of a script)."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture

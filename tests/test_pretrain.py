@@ -40,7 +40,9 @@ def test_resuming_with_other_settings_is_refused_field_by_field(tmp_path: Path) 
         pretrain._continued(experiment(continue_from="scratch-none"), machine)
 
 
-def test_a_signal_asks_the_work_to_end_and_a_second_one_does_not_wait(tmp_path: Path) -> None:
+def test_a_signal_asks_the_work_to_end_and_a_second_one_does_not_wait(
+    tmp_path: Path, interrupts: None
+) -> None:
     stop = tmp_path / "stop"
     ended = threading.Event()
 

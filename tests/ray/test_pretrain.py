@@ -135,7 +135,12 @@ def same(resumed: Artefact, undisturbed: Artefact) -> None:
 
 
 def test_a_stopped_run_makes_a_checkpoint_and_a_damaged_one_is_left_out(
-    ray_cluster, undisturbed: Artefact, shards: Artefact, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    ray_cluster,
+    interrupts: None,
+    undisturbed: Artefact,
+    shards: Artefact,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
 ):
     """Ctrl-C between two checkpoints: one is made first. With a byte of it changed, the one before it is taken up."""
     machine, sent = Machine(store=tmp_path), []
