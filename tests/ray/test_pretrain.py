@@ -107,7 +107,7 @@ def test_a_killed_run_ends_as_the_undisturbed_one(
     killed: list[int] = []
 
     def kill(done: int, total: int, text: str) -> None:
-        if done >= 9 and not killed:
+        if done >= 18 and not killed:
             for process in psutil.process_iter(["pid", "cmdline"]):
                 if any("RayTrainWorker" in part for part in process.info["cmdline"] or []):
                     killed.append(process.pid)
@@ -117,7 +117,9 @@ def test_a_killed_run_ends_as_the_undisturbed_one(
     assert killed and resumed == made
     segments = sorted((made.path / pretrain.JOURNAL).glob("*.jsonl"))
     assert len(segments) == 2
-    assert json.loads(segments[1].read_text().splitlines()[0])["resume"] in range(8, STEPS, 8)
+    assert json.loads(segments[1].read_text().splitlines()[0])["resume"] in range(
+        0, STEPS, 8
+    )  # 0: the copy was under way
     same(resumed, undisturbed)
 
 
