@@ -309,3 +309,19 @@ def test_an_overlap_added_to_a_card_makes_a_new_version(tmp_path: Path) -> None:
     declared = plain.model_copy(update={"overlaps": (Overlap(cohort="other", reason="suspected"),)})
     ids = {ingest.artefact(card, raw, Ingest(), machine).id for card in (plain, declared)}
     assert len(ids) == 2
+
+
+def test_a_better_citation_changes_no_identity_and_a_column_of_that_name_does(tmp_path: Path) -> None:
+    raw, machine = phantoms.bids_tree(tmp_path, num_subjects=1), Machine(store=tmp_path / "store")
+
+    def identity_of(**changed: object) -> str:
+        content = phantoms.card()
+        content["layouts"][0] |= changed
+        return ingest.artefact(Card.model_validate(content), raw, Ingest(), machine).id
+
+    assert identity_of() == identity_of(source="https://example.org/a better page")
+    assert identity_of() != identity_of(repeats="last")
+    named = Card.model_validate(
+        phantoms.card() | {"tables": [{"columns": {"source": "site"}}], "labels": {}, "groups": []}
+    )
+    assert "source" in named.facts("tables")["tables"][0]["columns"]

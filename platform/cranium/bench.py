@@ -10,7 +10,6 @@ import contextlib
 import json
 import os
 import statistics
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from pydantic import Field, field_validator
 
 from cranium.config import Frozen, load_machine
 from cranium.store import write_atomic
+from cranium.watch import repeatedly
 
 PACKAGES = ("numpy", "pyarrow", "ray", "torch", "SimpleITK")
 Work = Callable[
@@ -190,26 +190,19 @@ def peak_memory(interval_s: float = 0.1) -> Iterator[dict[str, float]]:
     import psutil
 
     found = {"peak_mb": 0.0}
-    stopped = threading.Event()
 
     def look() -> None:
         own = psutil.Process()
-        while not stopped.is_set():
-            total = 0
-            for process in (own, *own.children(recursive=True)):
-                with contextlib.suppress(psutil.Error):
-                    memory = process.memory_info()
-                    total += memory.rss - memory.shared
-            found["peak_mb"] = max(found["peak_mb"], total / 1e6)
-            stopped.wait(interval_s)
+        total = 0
+        for process in (own, *own.children(recursive=True)):
+            with contextlib.suppress(psutil.Error):
+                memory = process.memory_info()
+                total += memory.rss - memory.shared
+        found["peak_mb"] = max(found["peak_mb"], total / 1e6)
 
-    watcher = threading.Thread(target=look, daemon=True, name="memory-watch")
-    watcher.start()
-    try:
+    look()
+    with repeatedly(look, interval_s):
         yield found
-    finally:
-        stopped.set()
-        watcher.join()
 
 
 def machine() -> dict[str, Any]:

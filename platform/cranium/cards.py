@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -215,6 +215,10 @@ class Card(Frozen):
         every = (name for table in self.tables for name in table.columns if not name.startswith("_"))
         return tuple(dict.fromkeys(every))
 
+    def facts(self, *names: str) -> dict[str, Any]:
+        """Some fields as plain values, without where their facts are from: a better citation changes no result."""
+        return {name: _uncited(getattr(self, name)) for name in names}
+
     @property
     def unverified(self) -> tuple[str, ...]:
         """What in this card nobody could verify by a public source, in words."""
@@ -245,6 +249,17 @@ class Card(Frozen):
         if lost := used.union([self.matched] if self.matched else []) - set(self.columns):
             raise ValueError(f"{sorted(lost)} are not among tables[].columns {sorted(self.columns)}")
         return self
+
+
+def _uncited(value: Any) -> Any:
+    match value:
+        case Layout() | Table() | Label():
+            return value.model_dump(mode="json", exclude={"source", "unverified"})
+        case dict():
+            return {name: _uncited(one) for name, one in value.items()}
+        case tuple():
+            return [_uncited(one) for one in value]
+    return value
 
 
 def load_card(name_or_path: str | Path, folder: Path | None = None) -> Card:

@@ -16,6 +16,7 @@ from cranium.cards import Card, Label, Layout
 from cranium.clinical import FLOATS, Known, Value, same
 from cranium.config import UserError
 from cranium.patterns import Match, belongs, matching
+from cranium.series import Refused
 from cranium.tables import Folder, translate
 
 __all__ = ["FLOATS", "CohortTable", "Refused", "Scan", "Session", "Value", "label_of", "scan"]
@@ -40,18 +41,6 @@ class Session:
     scans: Mapping[str, Scan]  # by contrast
     values: Mapping[str, Value]  # by our column name
     segmentation: str | None = None  # path of its label map
-
-
-@dataclass(frozen=True)
-class Refused:
-    """A file or DICOM series that matches the card and is not used; no contrast where none was told."""
-
-    subject: str
-    session: str
-    contrast: str
-    path: str
-    code: str
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -213,7 +202,7 @@ def _claimed(
 ) -> _Claimed:
     if layout.format == "dicom":
         told = series.matches(layout, root, files, progress)
-        return _Claimed(told.claims, tuple(Refused(*refusal) for refusal in told.refused), told.notes)
+        return _Claimed(told.claims, told.refused, told.notes)
     found: Claims = defaultdict(list)
     owner: dict[str, str] = {}
     for contrast, patterns in layout.files.items():

@@ -35,7 +35,7 @@ from cranium.demo_sources import NETWORKS, REQUIREMENTS, SOURCES, Member, Source
 from cranium.volume import simulate
 from cranium.volume.simulate import Sequence
 
-RECIPE = 2  # raise when the same spec should give other voxels
+RECIPE = 3  # raise when the same spec should give other voxels
 PATTERNS = (("T1w", "T2w", "FLAIR"), ("T1w", "T2w"), ("T1w", "FLAIR"))
 ORIENTATIONS = ("RAS", "LAS", "LPS", "LIA")
 COLUMNS = (
@@ -369,7 +369,6 @@ def _write_scan(
     sidecar |= {
         "MagneticFieldStrength": site.tesla,
         "SliceThickness": sequence.voxel[2],
-        "InstitutionName": site.name,
     }
     _write_json(anat / f"{stem}_{contrast}.json", sidecar)
     derived = root / "derivatives" / "masks" / stem / "anat"

@@ -83,15 +83,16 @@ class Study:
 @contextlib.contextmanager
 def _bar(console: Console, name: str) -> Iterator[Tell]:
     if not console.is_terminal:
-        begun = time.monotonic()
-        last = begun
+        begun = last = time.monotonic()
+        before: int | None = None  # what an earlier attempt had done costs no time now
 
         def line(done: int, total: int, text: str) -> None:
-            nonlocal last
+            nonlocal last, before
+            before = done if before is None else before
             now = time.monotonic()
             if now - last >= LIVE_SECONDS:
-                last = now
-                eta = f"ETA {_clock((now - begun) * (total - done) / done)}" if done else ""
+                last, made = now, done - before
+                eta = f"ETA {_clock((now - begun) * (total - done) / made)}" if made > 0 else ""
                 console.print(f"  {name}: {done}/{total} {text} {eta}", soft_wrap=True)
 
         yield line

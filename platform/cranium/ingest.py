@@ -32,6 +32,12 @@ from cranium.volume.quality import ASIDE, Rejected
 Progress = Callable[[int, int, str], None]
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM)
+OF_SESSIONS = (
+    "labels",
+    "groups",
+    "matched",
+    "simulated",
+)  # of a card: what is said of sessions, not of pixels
 
 
 def ingest(
@@ -133,20 +139,9 @@ def _source(spec: Ingest, channel: str) -> str:
 
 
 def _key(card: Card, spec: Ingest, table: cohort.CohortTable) -> dict[str, Any]:
-    shapes = {
-        "name",
-        "layouts",
-        "segmentation",
-        "stripped",
-        "tables",
-        "labels",
-        "groups",
-        "matched",
-        "simulated",
-    }
     return {
         "recipe": shardset.RECIPE,
-        "card": card.model_dump(mode="json", include=shapes),
+        "card": card.facts("name", "layouts", "segmentation", "stripped", "tables", *OF_SESSIONS),
         "preprocessing": spec.preprocessing,
         "codec": spec.codec,
         "shard_mb": spec.shard_mb,
@@ -156,7 +151,7 @@ def _key(card: Card, spec: Ingest, table: cohort.CohortTable) -> dict[str, Any]:
         "tables": [store.sha256(path) for path in table.tables],
         "overlaps": sorted(
             overlap.cohort for overlap in card.overlaps
-        ),  # the leakage gate reads them in the manifest
+        ),  # the gate reads them in the manifest
         **({"overlap_ids": table.overlap_ids} if table.overlap_ids else {}),
     }
 
@@ -435,9 +430,7 @@ def _make(
         r for r in table.refused if r.contrast in channels or (not r.contrast and r.code not in ASIDE)
     )
     version["identifiers"] = spec.identifiers
-    version["overlap_ids"] = (
-        table.overlap_ids
-    )  # other cohort -> our subject -> theirs, where a mapping is declared
+    version["overlap_ids"] = table.overlap_ids  # other cohort -> our subject -> theirs, where one is mapped
     shardset.commit(target, base, card, spec, done, shards, refused, table.notes, version)
 
 
@@ -446,9 +439,9 @@ OURS = ("index", "at", "kept")  # of a record, while work goes on
 
 def _pixels(card: Card, spec: Ingest, ways: tuple[str, ...]) -> str:
     """Fingerprint of what shapes rows beside the files: versions that share it can share shards."""
-    shapes = card.model_dump(mode="json", include={"name", "layouts", "segmentation", "stripped"})
-    shapes_too = [ways, spec.preprocessing, spec.codec, spec.shard_mb, spec.suspects]
-    return config.fingerprint([shardset.RECIPE, shapes, *shapes_too])
+    facts = card.facts("name", "layouts", "segmentation", "stripped")
+    settings = [spec.preprocessing, spec.codec, spec.shard_mb, spec.suspects]
+    return config.fingerprint([shardset.RECIPE, facts, ways, *settings])
 
 
 def _inputs(root: Path, session: cohort.Session, wanted: dict[str, Any]) -> str:

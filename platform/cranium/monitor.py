@@ -7,7 +7,6 @@ a time measures what is left there; the results are a journal of their own, so a
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +23,7 @@ from cranium.models.vit import Backbone
 from cranium.store import Artefact
 from cranium.tasks import metrics, splits
 from cranium.volume import shard
+from cranium.watch import repeatedly
 
 FOLDER = "monitor"
 MEASURED = "measured.json"
@@ -161,19 +161,8 @@ def watching(run: Path, shard_set: Artefact | None, spec: Monitor | None) -> Ite
     if spec is None or shard_set is None:
         yield
         return
-    stop = threading.Event()
-
-    def watch() -> None:
-        while not stop.wait(1.0):
-            _measure_all(run / FOLDER, shard_set, spec)
-
-    watcher = threading.Thread(target=watch, daemon=True, name="monitor")
-    watcher.start()
-    try:
+    with repeatedly(lambda: _measure_all(run / FOLDER, shard_set, spec), 1.0):
         yield
-    finally:
-        stop.set()
-        watcher.join()
     _measure_all(run / FOLDER, shard_set, spec)
 
 

@@ -21,6 +21,7 @@ from cranium.config import PRETRAINED_HERE, Experiment, Machine, Pretrain, UserE
 from cranium.dinov2 import health
 from cranium.store import Artefact
 from cranium.training import JOURNAL, STOP
+from cranium.watch import repeatedly
 
 RECIPE = 1
 KEY = "key.json"  # what shapes the run, beside its checkpoints
@@ -248,19 +249,12 @@ def _explained(error: BaseException) -> BaseException:
 @contextmanager
 def _watched(journal: Path, steps: int, progress: Progress | None) -> Iterator[None]:
     """Tell `progress` what the journal says, while the workers write it."""
-    stop = threading.Event()
 
-    def watch() -> None:
-        while progress and not stop.wait(1.0):
-            if entries := track.read_journal(journal):
-                last = entries[-1]
-                loss, rate = last.metrics["train/loss"], last.metrics["sys/stacks_per_second"]
-                progress(last.step + 1, steps, f"loss {loss:.3f}, {rate:.0f} stacks/s")
+    def tell() -> None:
+        if progress and (entries := track.read_journal(journal)):
+            last = entries[-1]
+            loss, rate = last.metrics["train/loss"], last.metrics["sys/stacks_per_second"]
+            progress(last.step + 1, steps, f"loss {loss:.3f}, {rate:.0f} stacks/s")
 
-    watcher = threading.Thread(target=watch, daemon=True, name="journal-watch")
-    watcher.start()
-    try:
+    with repeatedly(tell, 1.0):
         yield
-    finally:
-        stop.set()
-        watcher.join()

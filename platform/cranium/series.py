@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from cranium.cards import Layout
 from cranium.patterns import Match, matching
@@ -31,8 +30,9 @@ Key = tuple[str, str, str]  # subject, session, contrast
 THREADS = 16  # headers lie scattered: reading them is waiting
 
 
-class Refusal(NamedTuple):
-    """A series (or a folder) that is used for nothing, for the quarantine; no contrast where none was told."""
+@dataclass(frozen=True, order=True)
+class Refused:
+    """A file or DICOM series that matches the card and is not used; no contrast where none was told."""
 
     subject: str
     session: str
@@ -47,7 +47,7 @@ class Found:
     """`claims`: best first; `reasons`: by the path of a claim, why it is of its contrast; `notes`: what to tell."""
 
     claims: dict[Key, list[Match]]
-    refused: tuple[Refusal, ...]
+    refused: tuple[Refused, ...]
     reasons: Mapping[str, str]
     notes: tuple[str, ...]
 
@@ -67,20 +67,20 @@ class _Series:
     def study(self) -> tuple[str, str]:
         return self.fields["subject"], self.header.study or self.who[1]
 
-    def refusal(self, code: str, reason: str, contrast: str = "") -> Refusal:
-        return Refusal(*self.who, contrast, self.path, code, reason)
+    def refusal(self, code: str, reason: str, contrast: str = "") -> Refused:
+        return Refused(*self.who, contrast, self.path, code, reason)
 
 
 def matches(layout: Layout, root: Path, files: Mapping[str, int], progress: Progress | None = None) -> Found:
     """All series of a DICOM layout. `files`: every file below `root` with its size, by its relative path."""
     found: list[_Series] = []
-    refused: list[Refusal] = []
+    refused: list[Refused] = []
     folders = _folders(layout, files)
     for folder, read in _read(root.resolve(), list(folders), progress):
         pattern, fields = folders[folder]
         if isinstance(read, Rejected):
             who = fields["subject"], fields.get("session", "")
-            refused.append(Refusal(*who, "", folder, read.code, read.reason))
+            refused.append(Refused(*who, "", folder, read.code, read.reason))
             continue
         for header in read:
             path = dicom.name(folder, header.uid, header.echo, alone=len(read) == 1)
@@ -179,7 +179,7 @@ def _told(layout: Layout, found: list[_Series]) -> list[tuple[_Series, Decision]
 
 
 def _of_one_day(
-    layout: Layout, told: list[tuple[_Series, Decision]], refused: list[Refusal]
+    layout: Layout, told: list[tuple[_Series, Decision]], refused: list[Refused]
 ) -> Iterator[tuple[_Series, Decision]]:
     """Scans of the day of their session. Where the pattern has no session a subject's days would be mixed in one."""
     days: dict[tuple[str, str], set[str]] = defaultdict(set)
@@ -197,7 +197,7 @@ def _of_one_day(
             yield one, decision
 
 
-def _ordered(contrast: str, group: list[_Series], refused: list[Refusal]) -> list[Match]:
+def _ordered(contrast: str, group: list[_Series], refused: list[Refused]) -> list[Match]:
     timed = all(one.header.when for one in group)
 
     def by_time(one: _Series) -> tuple[str, int, float, str]:
@@ -224,7 +224,7 @@ def _ordered(contrast: str, group: list[_Series], refused: list[Refusal]) -> lis
     return claims
 
 
-def _aside(refused: list[Refusal]) -> Iterator[str]:
+def _aside(refused: list[Refused]) -> Iterator[str]:
     counts = Counter(refusal.code for refusal in refused if refusal.code in ASIDE)
     if counts:
         told = ", ".join(f"{number} {code}" for code, number in sorted(counts.items()))

@@ -7,7 +7,6 @@ first trial the splits are made, checked for leakage and written down.
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ from cranium import adapt, leakage, store
 from cranium.config import Cell, Classification, Experiment, Machine, UserError, fingerprint
 from cranium.store import Artefact
 from cranium.tasks import splits
+from cranium.watch import repeatedly
 
 Progress = Callable[[int, int, str], None]
 Features = Mapping[tuple[str, str], Artefact]  # (init, cohort) -> features
@@ -187,14 +187,13 @@ def _run(
             failure_config=tune.FailureConfig(max_failures=1),
         ),
     )
-    stop = threading.Event()
-    watcher = threading.Thread(target=_watch, args=(missing, stop, progress), daemon=True)
-    watcher.start()
-    try:
+
+    def tell() -> None:
+        if progress:
+            progress(sum(Artefact(work.folder).done for work in missing), len(missing), "cells")
+
+    with repeatedly(tell, 0.5):
         results = tuner.fit()
-    finally:
-        stop.set()
-        watcher.join()
     if progress:
         progress(len(missing), len(missing), "cells")
     return {
@@ -202,11 +201,6 @@ def _run(
         for result in results
         if result.error and result.config
     }
-
-
-def _watch(works: tuple[adapt.Work, ...], stop: threading.Event, progress: Progress | None) -> None:
-    while progress and not stop.wait(0.5):
-        progress(sum(Artefact(work.folder).done for work in works), len(works), "cells")
 
 
 def _trial(config: dict[str, Any], works: tuple[adapt.Work, ...], folds: Mapping[str, Folds]) -> None:

@@ -92,7 +92,8 @@ def kill(process: subprocess.Popen[str]) -> None:
 
 def done(home: Path) -> int:
     """Sessions read and shards packed so far."""
-    return sum(1 for path in home.glob("ingest/*/work/*.json") if path.name[0] in "0123456789s")
+    folders = [folder / "work" for folder in home.glob("ingest/*")]
+    return sum(1 for folder in folders for path in folder.glob("*.json") if path.name[0] in "0123456789s")
 
 
 def finish(process: subprocess.Popen[str], home: Path) -> Artefact:
