@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import phantoms
-from cranium import cohort, identity, ingest, store, track
+from cranium import cohort, conform, identity, ingest, store, track
 from cranium.cards import Card
 from cranium.config import Ingest, Machine
 from cranium.patterns import tidy
@@ -178,7 +178,7 @@ def test_a_file_that_grows_after_it_was_listed(  # I23
     run = ingest._on_ray
 
     def late(items: list[dict[str, Any]], work: Any, job: Any) -> Iterator[dict[str, Any]]:
-        if work is ingest._ingest_session:
+        if work is conform.session:
             scan = root / "sub-002/anat/sub-002_T1w.nii.gz"
             scan.write_bytes(scan.read_bytes() + b"more")
             (root / "sub-003/anat/sub-003_T1w.nii.gz").unlink()

@@ -15,7 +15,7 @@ from rich.console import Console
 
 import dicoms
 import phantoms
-from cranium import cohort, flow, forget, identity, ingest, place, series, shardset, store, trust
+from cranium import cohort, conform, flow, forget, identity, ingest, place, series, shardset, store, trust
 from cranium.cards import Card, Overlap
 from cranium.config import Experiment, Ingest, Machine
 from cranium.store import Artefact
@@ -120,7 +120,7 @@ def test_a_label_map_that_grows_after_it_was_listed(tree: Path, monkeypatch: pyt
     run, labels = ingest._on_ray, tree / "labels/sub-002_dseg.nii.gz"
 
     def late(items: list[dict[str, Any]], work: Any, job: Any) -> Iterator[dict[str, Any]]:
-        if work is ingest._ingest_session:
+        if work is conform.session:
             grid = phantoms.affine(SPACING, SHAPE)
             tissues = phantoms.tissues(phantoms.head(9), SHAPE, grid)
             phantoms.write(labels, tissues * (tissues > 1), grid)

@@ -14,7 +14,7 @@ import pytest
 
 import ingests
 import phantoms
-from cranium import ingest, place, store, trust, versions
+from cranium import conform, ingest, place, store, trust, versions
 from cranium.config import Machine, UserError
 from cranium.store import Artefact
 from cranium.volume import shard
@@ -62,13 +62,13 @@ def again(
 ) -> tuple[Artefact, list[str]]:
     """Ingest once more; the subjects whose scans were read for it."""
     read: list[str] = []
-    real = ingest._ingest_session
+    real = conform.session
 
     def watched(row: dict[str, Any], job: Any) -> dict[str, Any]:
         read.append(json.loads(row["session"])["subject"])
         return real(row, job)
 
-    monkeypatch.setattr(ingest, "_ingest_session", watched)
+    monkeypatch.setattr(conform, "session", watched)
     return ingests.plainly(home / "raw", Machine(store=home / "store"), spec), read
 
 

@@ -19,7 +19,7 @@ from isal import isal_zlib
 from numpy.typing import NDArray
 from pydantic import Field
 
-from cranium import bench, cluster, cohort, ingest
+from cranium import bench, cluster, cohort, conform, ingest
 from cranium.bench_rows import CHANNELS
 from cranium.cards import Card
 from cranium.config import Compute, Ingest, Machine
@@ -62,19 +62,17 @@ def run(spec: Spec, say: Callable[[str], None]) -> bench.Result:
     table = cohort.scan(CARD, raw)
     settings = Ingest(size=spec.size, align="none", mask=("supplied",), compute=Compute(num_workers=1))
     scans = len(CHANNELS) * spec.sessions
-    job = ingest._Job(CARD.name, table.root, spec.data / "bench-work", settings)
+    job = conform.Job(CARD.name, table.root, spec.data / "bench-work", settings)
     slices.limit_threads(1)
 
     def sessions() -> dict[str, float]:
         shutil.rmtree(job.folder, ignore_errors=True)
         Path(job.work).mkdir(parents=True)
         stacks = 0
-        for index, session in enumerate(table.sessions):
-            row = {
-                "index": index,
-                "session": json.dumps(ingest._wanted(session, settings, dict(table.files))),
-            }
-            stacks += ingest._ingest_session(row, job)["stacks"]
+        for index, one in enumerate(table.sessions):
+            asked = conform.wanted(one, settings, dict(table.files))
+            row = {"index": index, "session": json.dumps(asked)}
+            stacks += conform.session(row, job)["stacks"]
         return {"stacks": stacks}
 
     with cluster.connect(Machine(store=spec.data)):

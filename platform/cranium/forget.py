@@ -27,22 +27,15 @@ from cranium.store import Artefact
 from cranium.volume import privacy, shard
 
 STAGES = ("embed", "pretrain", "adapt", "sweep", "report")  # and whatever else names what it was made from
-OURS = (
-    "ingest",
-    "demo",
-    "logs",
-    "locks",
-    "private",
-    "tracked",
-    track.ARTEFACTS,
-)  # of the store, but no results
+# Folders of a store that hold no results.
+OURS = ("ingest", "demo", "logs", "locks", "private", "tracked", track.ARTEFACTS)
 WORDS = (".json", ".jsonl", ".yaml", ".html", ".csv", ".tsv", ".txt", ".log", ".md")
 PLAN = (
     "sets",
     "shards",
     "removed",
     "marked",
-)  # shard sets, SHA-256 of their shards, dependents by what becomes of them
+)  # shard sets, SHA-256 of their shards, dependents by their fate
 READ_BYTES = 32 << 20  # text files beyond this are not searched
 
 Tell = Callable[[str], None]
@@ -92,7 +85,7 @@ def forget(machine: Machine, cohort: str, subject: str, tell: Tell = lambda text
                 with store.lock(machine.store, made.id):
                     place.remove(
                         sorted(made.path.glob("*.html"))
-                    )  # pages with its pictures; ingest makes them anew
+                    )  # pages with pictures; ingest makes them anew
                     versions.rewrite(made, lambda s, _: s in who.names)
                     _left_out(made, who.key)
                 done.rewritten.append(made.id)
@@ -249,7 +242,7 @@ def _naming(words: Mapping[Artefact, str], names: set[str], besides: set[Artefac
 
 
 def _results(folder: Path) -> Iterator[Artefact]:
-    for stage in sorted(p for p in folder.iterdir() if p.is_dir() and p.name not in ("ingest", "demo")):
+    for stage in sorted(p for p in folder.iterdir() if p.is_dir() and p.name not in OURS):
         for path in sorted(p for p in stage.iterdir() if p.is_dir() and not p.name.startswith(".")):
             begun = stage.name in STAGES and any(p.name != store.TOMBSTONE for p in path.iterdir())
             if begun or Artefact(path).done:

@@ -8,26 +8,22 @@ the set has, from the same files, are taken from its shards. The manifest is com
 
 from __future__ import annotations
 
-import base64
 import errno
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from numpy.typing import NDArray
-
-from cranium import cohort, config, identity, place, provisions, series, shardset, store, versions
+from cranium import cohort, config, conform, identity, place, provisions, series, shardset, store, versions
 from cranium.cards import Card
 from cranium.config import Compute, Ingest, Machine, UserError
 from cranium.place import Where, at
 from cranium.provisions import Provisions
 from cranium.store import Artefact
-from cranium.volume import dicom, fingerprint, labels, measure, nifti, normalise, shard, slices
-from cranium.volume.quality import ASIDE, Rejected
+from cranium.volume import shard
+from cranium.volume.quality import ASIDE
 
 Progress = Callable[[int, int, str], None]
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -83,7 +79,9 @@ def ingest(
 
 
 def _mask_ways(card: Card, spec: Ingest, table: cohort.CohortTable) -> tuple[str, ...]:
-    wanted = [[s.scans.get(_source(spec, channel)) for channel in spec.channels] for s in table.sessions]
+    wanted = [
+        [s.scans.get(conform.source(spec, channel)) for channel in spec.channels] for s in table.sessions
+    ]
     supplied = [any(scan.mask for scan in scans if scan) for scans in wanted if any(scans)]
     return provisions.mask_ways(spec.mask, stripped=card.stripped, all_supplied=all(supplied))
 
@@ -117,7 +115,7 @@ def _begin(target: Artefact, base: Where) -> None:
 
 
 def _check_spec(card: Card, spec: Ingest) -> None:
-    wanted = {_source(spec, channel) for channel in spec.channels}
+    wanted = {conform.source(spec, channel) for channel in spec.channels}
     if not wanted & set(card.contrasts):
         have, want = ", ".join(card.contrasts), ", ".join(sorted(wanted))
         raise UserError("NO_CONTRAST", f"{card.name} has {have}, none of {want}; set ingest.contrasts")
@@ -131,11 +129,6 @@ def _check_spec(card: Card, spec: Ingest) -> None:
         raise UserError(
             "CONFIG", f"{card.name}: ingest has columns {names} of its own; rename tables[].columns"
         )
-
-
-def _source(spec: Ingest, channel: str) -> str:
-    """The contrast that fills a channel."""
-    return {str(k): str(v) for k, v in spec.channel_map.items()}.get(channel, channel)
 
 
 def _key(card: Card, spec: Ingest, table: cohort.CohortTable) -> dict[str, Any]:
@@ -156,177 +149,6 @@ def _key(card: Card, spec: Ingest, table: cohort.CohortTable) -> dict[str, Any]:
     }
 
 
-# ---- one session ----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Job:
-    """What every task needs to know."""
-
-    cohort: str
-    root: Path
-    folder: Where  # of the shard set
-    spec: Ingest
-    classes: dict[str, tuple[int, ...]] = field(default_factory=dict)  # of a label map, and their raw values
-    provisions: Provisions = field(default_factory=Provisions)
-
-    @property
-    def work(self) -> Where:
-        return at(self.folder, "work")
-
-    def part(self, index: int) -> Where:
-        return at(self.work, f"{index:06}.parquet")
-
-    def record(self, index: int) -> Where:
-        return at(self.work, f"{index:06}.json")
-
-
-def _ingest_session(row: dict[str, Any], job: _Job) -> dict[str, Any]:
-    """One session: read, conform, write its part and its record. Only `Rejected` is an outcome; the rest are bugs."""
-    spec, index, session = job.spec, int(row["index"]), json.loads(row["session"])
-    slices.limit_threads(spec.compute.threads or max(1, int(spec.compute.cpus_per_worker)))
-    wanted = {channel: normalise.Wanted(*scan[1:]) for channel, scan in session["scans"].items()}
-    ways = provisions.ways(job.provisions)
-    changed = series.changed(job.root, session["sizes"])
-    late = {c: changed[p] for c, scan in wanted.items() for p in (scan.path, scan.mask) if p in changed}
-    here = {channel: scan for channel, scan in wanted.items() if channel not in late}
-    volumes, scans, rejected = normalise.read_scans(job.root, here, ways, spec.orientation)
-    rejected |= late
-    if spec.suspects == "reject":
-        rejected |= (refused := nifti.refuse_suspects(volumes))
-        scans = {channel: scan for channel, scan in scans.items() if channel not in refused}
-    record: dict[str, Any] = {"index": index, "scans": len(wanted), "warned": 0, "row_groups": []}
-    record |= {"label_map": "unused" if session["segmentation"] else None, "label_map_rejected": None}
-    who = [job.cohort, session["subject"], session["session"]]
-    if scans:
-        try:
-            conformed = normalise.conform(
-                scans,
-                spec.channels,
-                size=spec.size,
-                spacing_mm=spec.spacing_mm,
-                slice_spacing_mm=spec.slice_spacing_mm,
-                percentiles=spec.percentiles,
-                min_brain=spec.min_brain,
-                slices=slices.Kept(**spec.slices.model_dump()),
-                align=spec.align,
-                template=provisions.template(job.provisions),
-                bias_correction=spec.bias_correction,
-                dtype=spec.dtype,
-            )
-        except Rejected as reason:
-            rejected |= {channel: reason for channel in scans}
-        else:
-            rejected |= conformed.rejected
-            label_map = None
-            if path := session["segmentation"]:
-                late_map = changed.get(path)
-                label_map, why = (None, late_map) if late_map else _label_map(job, path, scans, conformed)
-                record["label_map"] = "rejected" if why else "accepted"
-                record["label_map_rejected"] = (
-                    [*who, "segmentation", path, why.code, why.reason] if why else None
-                )
-            record |= _write_part(job, index, session, conformed, volumes, label_map)
-    record["rejected"] = [
-        [*who, *session["scans"][channel][:2], why.code, why.reason] for channel, why in rejected.items()
-    ]
-    place.write(job.record(index), json.dumps(record))
-    return {"index": index, "stacks": sum(record["row_groups"])}
-
-
-def _label_map(
-    job: _Job, path: str, scans: dict[str, normalise.Masked], conformed: normalise.Conformed
-) -> tuple[labels.LabelMap | None, Rejected | None]:
-    """The label map of a session on its grid, or why there is none: then its scans serve without labels."""
-    try:
-        found = nifti.read(job.root / path, root=job.root, orientation=job.spec.orientation, labels=True)
-        return (
-            labels.place(
-                found,
-                list(job.classes.values()),
-                scans,
-                conformed.transforms,
-                conformed.grid,
-                conformed.brain,
-                conformed.slices,
-            ),
-            None,
-        )
-    except Rejected as reason:
-        return None, reason
-
-
-def _write_part(
-    job: _Job,
-    index: int,
-    session: dict[str, Any],
-    conformed: normalise.Conformed,
-    volumes: dict[str, nifti.Volume],
-    label_map: labels.LabelMap | None,
-) -> dict[str, Any]:
-    """Write the row groups of a session; what its record says of them."""
-    spec, run = job.spec, conformed.slices
-    used = {channel: volumes[channel] for channel in spec.channels if channel in conformed.notes}
-    present = sum(1 << i for i, channel in enumerate(spec.channels) if channel in used)
-    names = {"cohort": job.cohort, "subject": session["subject"], "session": session["session"]}
-    stacks = _stacks(spec, conformed.volumes, run)
-    drawn = None if label_map is None else _stacks(spec, label_map.classes[None], run)[:, 0]
-    tables = [
-        shard.encode(
-            stacks[start : start + shard.MAX_ROWS],
-            channels=spec.channels,
-            slices=run[start : start + shard.MAX_ROWS],
-            num_slices=len(run),
-            present=present,
-            masks=None if drawn is None else drawn[start : start + shard.MAX_ROWS],
-            **names,
-        )
-        for start in range(0, len(stacks), shard.MAX_ROWS)
-    ]
-    size = place.publish(job.part(index), lambda path: shard.write(path, tables, spec.codec))
-    warnings = [(channel, note) for channel, notes in conformed.notes.items() for note in notes]
-    warned = len({channel for channel, _ in warnings})
-    warnings += [("segmentation", note) for note in (label_map.notes if label_map else ())]
-    sources = {}
-    for channel, volume in used.items():
-        contrast, path = session["scans"][channel][:2]
-        sources[channel] = {"contrast": contrast, "path": path, "sha256": volume.sha256}
-    ml = None if label_map is None else json.dumps(dict(zip(job.classes, label_map.ml, strict=True)))
-    looks = (conformed.volumes, conformed.brain, conformed.grid.affine)
-    native = {c: (volume.data, conformed.transforms[c] @ volume.affine) for c, volume in used.items()}
-    columns = {
-        **session["values"],
-        **names,
-        "present": present,
-        "num_slices": len(run),
-        "slice_first": run.start,
-        "native_shape": json.dumps({channel: volume.data.shape for channel, volume in used.items()}),
-        "native_affine": json.dumps({c: volume.affine.round(6).tolist() for c, volume in used.items()}),
-        "stack_affine": json.dumps(conformed.grid.affine.round(6).tolist()),
-        "crop": json.dumps({"shape": conformed.grid.shape, "slices": [run.start, run.stop, run.step]}),
-        "transforms": json.dumps({c: matrix.tolist() for c, matrix in conformed.transforms.items()}),
-        "mask_quality": json.dumps(dict(conformed.quality)),
-        "label_ml": ml,
-        "sources": json.dumps(sources),
-        "warnings": json.dumps([{"contrast": c, "code": n.code, "reason": n.reason} for c, n in warnings]),
-        "measures": json.dumps(measure.measures(native, spec.channels, *looks)),
-        "fingerprint": base64.b64encode(fingerprint.fingerprint(*looks)).decode(),
-    }
-    return {
-        "row_groups": [table.num_rows for table in tables],
-        "bytes": size,
-        "warned": warned,
-        "session": columns,
-    }
-
-
-def _stacks(spec: Ingest, volumes: NDArray[Any], run: range) -> NDArray[Any]:
-    """Volumes [C, Z, H, W] on the grid -> stacks [n, C, S, H, W] of the slices kept."""
-    if spec.stack == "contrasts":
-        return slices.to_stacks(volumes, run)
-    return slices.to_neighbours(volumes[0], run, spec.neighbours)
-
-
 # ---- shards ---------------------------------------------------------------------------------------------------------
 
 
@@ -343,7 +165,7 @@ def _bins(records: Sequence[dict[str, Any]], limit: int) -> list[list[dict[str, 
     return bins
 
 
-def _pack(row: dict[str, Any], job: _Job) -> dict[str, Any]:
+def _pack(row: dict[str, Any], job: conform.Job) -> dict[str, Any]:
     """Row groups of a run of sessions -> one shard; its entry for the manifest."""
     members = json.loads(row["members"])
     sources: list[tuple[Where, int]] = []
@@ -379,14 +201,14 @@ def _make(
 ) -> None:
     salted = spec.identifiers == "salted"
     table, names = identity.admit(table, card.name, salted, machine.store, target.path.name)
-    job = _Job(card.name, table.root, base, spec, dict(card.segmentation), needs)
+    job = conform.Job(card.name, table.root, base, spec, dict(card.segmentation), needs)
     for folder in (job.work, at(base, "shards")):
         if not place.is_remote(folder):
             Path(folder).mkdir(parents=True, exist_ok=True)
     sizes = series.sizes(table.files)
-    sessions = [(s, wanted) for s in table.sessions if (wanted := _wanted(s, spec, sizes))["scans"]]
+    sessions = [(s, wanted) for s in table.sessions if (wanted := conform.wanted(s, spec, sizes))["scans"]]
     known = [
-        versions.Session(s.subject, s.session, _inputs(table.root, s, wanted), dict(s.values))
+        versions.Session(s.subject, s.session, conform.inputs(table.root, s, wanted), dict(s.values))
         for s, wanted in sessions
     ]
     pixels = _pixels(card, spec, needs.ways)
@@ -398,24 +220,13 @@ def _make(
         for i, (_, wanted) in enumerate(sessions)
         if i not in kept.records and f"{i:06}.json" not in have
     ]
-    _work(todo, _ingest_session, job, len(sessions), progress, f"{card.name}: sessions read")
+    _work(todo, conform.session, job, len(sessions), progress, f"{card.name}: sessions read")
     fresh = [i for i in range(len(sessions)) if i not in kept.records]
     read = map(json.loads, place.read_all([job.record(i) for i in fresh]))
     by_index = kept.records | dict(zip(fresh, read, strict=True))
     records = identity.cover([by_index[i] for i in range(len(sessions))], [s for s, _ in sessions], names)
     records = identity.without_copies(records)
-    bins = _bins([r for r in records if r["row_groups"] and "kept" not in r], spec.shard_mb << 20)
-    todo = [
-        {"index": i, "members": json.dumps(members)}
-        for i, members in enumerate(bins)
-        if f"shard-{i:05}.json" not in have
-    ]
-    _work(todo, _pack, job, len(bins), progress, f"{card.name}: shards written")
-    entries = place.read_all([at(job.work, f"shard-{i:05}.json") for i in range(len(bins))])
-    shards = sorted(
-        [*kept.shards, *map(json.loads, entries)],
-        key=lambda entry: (entry["row_groups"][0]["subject"], entry["row_groups"][0]["session"]),
-    )
+    shards = sorted([*kept.shards, *_packed(job, records, have, progress)], key=_first)
     done = [
         shardset.Done(
             one.subject, one.session, one.inputs, {k: v for k, v in record.items() if k not in OURS}
@@ -425,13 +236,33 @@ def _make(
     version: dict[str, Any] = {"pixels": pixels, "forgotten": list(names.forgotten)}
     if kept.source:
         version["reused"] = {"from": kept.source, "sessions": len(kept.records), "shards": len(kept.shards)}
-    channels = {_source(spec, channel) for channel in spec.channels}
+    channels = {conform.source(spec, channel) for channel in spec.channels}
     refused = tuple(
         r for r in table.refused if r.contrast in channels or (not r.contrast and r.code not in ASIDE)
     )
     version["identifiers"] = spec.identifiers
     version["overlap_ids"] = table.overlap_ids  # other cohort -> our subject -> theirs, where one is mapped
     shardset.commit(target, base, card, spec, done, shards, refused, table.notes, version)
+
+
+def _packed(
+    job: conform.Job, records: Sequence[dict[str, Any]], have: Collection[str], progress: Progress
+) -> list[dict[str, Any]]:
+    """Shards of the sessions that no earlier version has: their entries for the manifest."""
+    fresh = [r for r in records if r["row_groups"] and "kept" not in r]
+    bins = _bins(fresh, job.spec.shard_mb << 20)
+    names = [f"shard-{i:05}.json" for i in range(len(bins))]
+    todo = [
+        {"index": i, "members": json.dumps(members)} for i, members in enumerate(bins) if names[i] not in have
+    ]
+    _work(todo, _pack, job, len(bins), progress, f"{job.cohort}: shards written")
+    return list(map(json.loads, place.read_all([at(job.work, name) for name in names])))
+
+
+def _first(entry: dict[str, Any]) -> tuple[str, str]:
+    """The subject and session a shard begins with: shards are listed in this order."""
+    group = entry["row_groups"][0]
+    return group["subject"], group["session"]
 
 
 OURS = ("index", "at", "kept")  # of a record, while work goes on
@@ -444,43 +275,10 @@ def _pixels(card: Card, spec: Ingest, ways: tuple[str, ...]) -> str:
     return config.fingerprint([shardset.RECIPE, facts, ways, *settings])
 
 
-def _inputs(root: Path, session: cohort.Session, wanted: dict[str, Any]) -> str:
-    """Fingerprint of what is read for a session: names, and the size and time of every file."""
-    paths = {path for scan in session.scans.values() for path in (scan.path, scan.mask) if path}
-    paths |= {session.segmentation} if session.segmentation else set()
-    asked = {key: value for key, value in wanted.items() if key != "values"}
-    return config.fingerprint([asked, {path: _look(root / path) for path in paths}])
-
-
-def _look(path: Path) -> list[Any] | None:
-    """Size and time of a file, or of all files in the folder of a DICOM series."""
-    try:
-        if dicom.is_series(path):
-            path = Path(dicom.split(str(path))[0])
-            return [[str(p.relative_to(path)), _look(p)] for p in sorted(path.rglob("*")) if not p.is_dir()]
-        stat = path.stat()
-    except OSError:
-        return None
-    return [stat.st_size, stat.st_mtime_ns]
-
-
-def _wanted(session: cohort.Session, spec: Ingest, sizes: Mapping[str, int]) -> dict[str, Any]:
-    """What a task must know of a session: channel -> contrast, path, mask and note of the scan that fills it."""
-    found = {channel: session.scans.get(_source(spec, channel)) for channel in spec.channels}
-    scans = {channel: (s.contrast, s.path, s.mask, s.note) for channel, s in found.items() if s}
-    names = {"subject": session.subject, "session": session.session}
-    values, label_map = dict(session.values), session.segmentation
-    paths = {path for scan in scans.values() for path in scan[1:3] if path} | (
-        {label_map} if label_map else set()
-    )
-    listed = series.listed(paths, sizes)
-    return {**names, "scans": scans, "values": values, "segmentation": label_map, "sizes": listed}
-
-
 def _work(
     todo: list[dict[str, Any]],
     work: Callable[..., dict[str, Any]],
-    job: _Job,
+    job: conform.Job,
     total: int,
     progress: Progress,
     text: str,
@@ -493,7 +291,7 @@ def _work(
 
 
 def _on_ray(
-    items: list[dict[str, Any]], work: Callable[..., dict[str, Any]], job: _Job
+    items: list[dict[str, Any]], work: Callable[..., dict[str, Any]], job: conform.Job
 ) -> Iterator[dict[str, Any]]:
     """`work(item, job)` for every item as Ray Data tasks, each result as soon as its block is done."""
     if not items:
@@ -511,7 +309,7 @@ def _on_ray(
         yield row
 
 
-def _guarded(row: dict[str, Any], work: Callable[..., dict[str, Any]], job: _Job) -> dict[str, Any]:
+def _guarded(row: dict[str, Any], work: Callable[..., dict[str, Any]], job: conform.Job) -> dict[str, Any]:
     """A disk that takes no more is told as a value: Ray Data turns an exception into text, and its kind is lost."""
     try:
         return {**work(row, job), "errno": 0}

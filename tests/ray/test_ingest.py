@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import phantoms
-from cranium import ingest, shardset, store, trust
+from cranium import conform, ingest, shardset, store, trust
 from cranium.cards import Card
 from cranium.config import Machine, UserError
 from cranium.store import Artefact
@@ -247,7 +247,7 @@ def test_a_full_disk_is_said(
 
 
 def test_a_disk_that_fills_in_a_task_is_said(ray_cluster: Any, machine: Machine) -> None:
-    job = ingest._Job("phantom", machine.store, machine.store, SPEC)
+    job = conform.Job("phantom", machine.store, machine.store, SPEC)
     with pytest.raises(OSError, match="No space left") as error:
         list(ingest._on_ray([{"index": 0}], _fill, job))
     assert error.value.errno in ingest.FULL
