@@ -14,6 +14,7 @@ from cranium import checkpoint, store
 from cranium.config import UserError
 from cranium.models import vit
 from cranium.store import Artefact
+from cranium.study import Study
 
 TINY = {"arch": "vit_tiny_patch14", "in_channels": 3, "image_size": 56}
 
@@ -275,7 +276,7 @@ def test_the_load_report_stands_in_mlflow(tmp_path: Path, mlflow_db: str):
     """Every field of `Source`, as tags of the pretraining's run."""
     from rich.console import Console
 
-    from cranium import config, flow, track
+    from cranium import config, recording, track
 
     exp = config.load_experiment(Path(__file__).parents[1] / "experiments/demo.yaml")
     made = _finished(tmp_path, "scratch-vit_tiny_patch14-ab12cd34", 3)
@@ -283,13 +284,13 @@ def test_the_load_report_stands_in_mlflow(tmp_path: Path, mlflow_db: str):
     store.commit(made.path, {"stage": "pretrain", "start": asdict(source), "seconds": 1.0})
     (made.path / "resolved.yaml").write_text("a: 1")
     machine = config.Machine(store=tmp_path, tracking_uri=mlflow_db)
-    study = flow.Study(exp, machine, {}, Console(quiet=True))
-    flow._track_pretrain(study, "scratch", made, True)
-    tags = track._client(mlflow_db).get_run(flow.runs(study, made)["run"]).data.tags
+    study = Study(exp, machine, {}, Console(quiet=True))
+    recording.pretrained(study, "scratch", made, True)
+    tags = track._client(mlflow_db).get_run(recording.runs(study, made)["run"]).data.tags
     assert tags["start.sha256"] == source.sha256 and tags["start.position"] == "timm"
     total = len(checkpoint.load_backbone("random", **TINY)[0].state_dict())
     assert tags["start.report"] == f"{total} of {total} tensors loaded (cranium names)"
-    assert checkpoint.find_run(tmp_path, f"run:{flow.runs(study, made)['run']}") == made
+    assert checkpoint.find_run(tmp_path, f"run:{recording.runs(study, made)['run']}") == made
 
 
 def test_a_run_that_saw_undeclared_cohorts_is_refused(tmp_path: Path):
@@ -299,7 +300,7 @@ def test_a_run_that_saw_undeclared_cohorts_is_refused(tmp_path: Path):
 
     exp = config.load_experiment(Path(__file__).parents[1] / "experiments/demo.yaml")
     made = _finished(tmp_path, "scratch-vit_tiny_patch14-ab12cd34", 3)
-    study = flow.Study(exp, config.Machine(store=tmp_path), {}, Console(quiet=True))
+    study = Study(exp, config.Machine(store=tmp_path), {}, Console(quiet=True))
     store.commit(made.path, {"stage": "pretrain", "cohorts": ["demo_ssl"]})
     assert flow._weights(study, "run:ab12cd34", {}) == made
     store.commit(made.path, {"stage": "pretrain", "cohorts": ["demo_ssl", "adni"]})

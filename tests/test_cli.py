@@ -16,6 +16,7 @@ import yaml
 import phantoms
 from cranium import cli, config, flow
 from cranium.config import UserError
+from cranium.study import Study
 
 ROOT = Path(__file__).parents[1]
 DEMO = str(ROOT / "experiments" / "demo.yaml")
@@ -145,7 +146,7 @@ def test_exit_codes(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    def fail(study: flow.Study) -> None:
+    def fail(study: Study) -> None:
         print("Ray's own noise")
         raise error
 
@@ -161,7 +162,7 @@ def test_exit_codes(
 def test_a_wrapped_user_error_is_found(
     project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(study: flow.Study) -> None:
+    def fail(study: Study) -> None:
         try:
             raise UserError("LABEL", "no such label")
         except UserError as error:
@@ -174,7 +175,7 @@ def test_a_wrapped_user_error_is_found(
 def test_rejected_inputs_end_in_three(
     project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    def some(study: flow.Study) -> None:
+    def some(study: Study) -> None:
         study.rejected = True
         study.note("phantom: 1 of 9 scans rejected")
 

@@ -19,6 +19,7 @@ from cranium import cohort, conform, flow, forget, identity, ingest, place, seri
 from cranium.cards import Card, Overlap
 from cranium.config import Experiment, Ingest, Machine
 from cranium.store import Artefact
+from cranium.study import Study
 
 SPEC = Ingest(contrasts=("T1w",), size=36, spacing_mm=6.0, slice_spacing_mm=6.0, shard_mb=1, align="none")
 SHAPE, SPACING = (30, 36, 28), (6.0, 6.0, 6.0)
@@ -288,7 +289,7 @@ def test_what_a_kill_left_goes_by_the_command(tree: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(flow.cluster, "connect", lambda machine: contextlib.nullcontext())
     monkeypatch.setattr(flow, "_quality_page", lambda *_: None)
     exp = Experiment(name="x", ingest=SPEC.model_copy(update={"cohorts": ("phantom",)}))
-    flow.ingest(flow.Study(exp, machine, {"phantom": card()}, Console(quiet=True)))
+    flow.ingest(Study(exp, machine, {"phantom": card()}, Console(quiet=True)))
     assert done.done and not left.parent.exists()
 
 

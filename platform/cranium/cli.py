@@ -7,15 +7,11 @@ done), 130 and 143 on SIGINT and SIGTERM.
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
-import signal
-import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -25,10 +21,11 @@ import typer
 from cranium import config
 from cranium.cards import Card, load_card
 from cranium.config import Experiment, Machine, UserError
+from cranium.ending import Outcome, finish
 
 if TYPE_CHECKING:
     from cranium.dinov2.cost import Cost
-    from cranium.flow import Study
+    from cranium.study import Study
 
 app = typer.Typer(
     add_completion=False,
@@ -44,17 +41,6 @@ Settings = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="print one last line of JSON")]
 Debug = Annotated[bool, typer.Option("--debug", help="show tracebacks")]
-
-
-STOPPED = (130, 143)
-
-
-@dataclass
-class Outcome:
-    """How the command ended; printed by `--json`."""
-
-    code: int
-    facts: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -100,13 +86,14 @@ def _staged(verb: str, path: Path, settings: list[str] | None, as_json: bool, de
         from rich.console import Console
 
         from cranium import cluster, flow
+        from cranium.study import Study
 
         target = read_target(path, settings)
         log = cluster.new_log(target.machine.store)
         started = time.monotonic()
         with cluster.quiet(log) as terminal:
             console = Console(file=terminal.out, highlight=False)
-            study = flow.Study(target.exp, target.machine, target.cards, console)
+            study = Study(target.exp, target.machine, target.cards, console)
             try:
                 with cluster.hold():
                     getattr(flow, verb)(study)
@@ -118,7 +105,7 @@ def _staged(verb: str, path: Path, settings: list[str] | None, as_json: bool, de
         facts = {"name": target.exp.name, "made": study.made, "notes": study.notes, "log": str(log)}
         return Outcome(study.exit_code, {**facts, "missing": study.missing, "seconds": study.seconds})
 
-    _finish(verb, work, as_json, debug)
+    finish(verb, work, as_json, debug)
 
 
 def _farewell(study: Study, log: Path, seconds: float) -> None:
@@ -205,7 +192,7 @@ def submit(
             raise UserError("USAGE", f"`{verb}` can't be submitted; one of {', '.join(SUBMITTED)}")
         return _submitted(verb, read_target(file, settings))
 
-    _finish("submit", work, json, debug)
+    finish("submit", work, json, debug)
 
 
 def _submitted(verb: str, target: Target) -> Outcome:
@@ -269,7 +256,7 @@ def status(file: Yaml, settings: Settings = None, json: Json = False, debug: Deb
         made = [{"stage": stage, "name": name, "state": state} for stage, name, state in found]
         return Outcome(0, {"made": made, "jobs": [vars(job) for job in jobs]})
 
-    _finish("status", work, json, debug)
+    finish("status", work, json, debug)
 
 
 @app.command()
@@ -287,7 +274,7 @@ def logs(
         address, job_id = _job_named(job, settings)
         return _followed(address, job_id)
 
-    _finish("logs", work, json, debug)
+    finish("logs", work, json, debug)
 
 
 @app.command()
@@ -309,7 +296,7 @@ def stop(
         print(f"{job_id} {ended.status.lower()}")
         return Outcome(0 if ended.status in cluster.ENDED else 1, {"job": job_id, "status": ended.status})
 
-    _finish("stop", work, json, debug)
+    finish("stop", work, json, debug)
 
 
 @app.command()
@@ -317,7 +304,7 @@ def resume(file: Yaml, settings: Settings = None, json: Json = False, debug: Deb
     """Go on with `run`, here (other settings than before are refused) or as a job."""
     address = next((s.removeprefix("address=") for s in settings or () if s.startswith("address=")), "")
     if (address or os.environ.get("CRANIUM_ADDRESS", "")).startswith("http"):
-        _finish("resume", lambda: _submitted("run", read_target(file, settings)), json, debug)
+        finish("resume", lambda: _submitted("run", read_target(file, settings)), json, debug)
     else:
         _staged("resume", file, settings, json, debug)
 
@@ -380,7 +367,7 @@ def check(
             2 if problems else 0, {"files": len(paths), "errors": problems, "unverified": unverified}
         )
 
-    _finish("check", work, json, debug)
+    finish("check", work, json, debug)
 
 
 def _labels_exist(target: Target) -> None:
@@ -415,7 +402,7 @@ def show(file: Yaml, settings: Settings = None, json: Json = False, debug: Debug
             print(f"# {key}: {value}")
         return Outcome(0, facts)
 
-    _finish("show", work, json, debug)
+    finish("show", work, json, debug)
 
 
 def pretraining_cost(exp: Experiment) -> Cost:
@@ -498,7 +485,7 @@ def verify(file: Verified, settings: Settings = None, json: Json = False, debug:
         listed = [{"set": name, **vars(problem)} for name, problem in problems]
         return Outcome(1 if bad else 0, {"sets": list(found), "problems": listed})
 
-    _finish("verify", work, json, debug)
+    finish("verify", work, json, debug)
 
 
 @app.command()
@@ -515,6 +502,7 @@ def export(
 
     def work() -> Outcome:
         from cranium import export as stage
+        from cranium.study import Study
 
         own = [s for s in settings or () if s.partition("=")[0] in stage.Spec.model_fields]
         rest = [s for s in settings or () if s not in own]
@@ -532,14 +520,14 @@ def export(
             from cranium import flow
 
             target = read_target(Path(what), rest)
-            study = flow.Study(target.exp, target.machine, target.cards, Console(stderr=True))
+            study = Study(target.exp, target.machine, target.cards, Console(stderr=True))
             made = flow.pretrained(study, spec.init)
         exported = stage.export(made, spec)
         print(f"{exported.weights}  SHA-256 {exported.sha256}\n{exported.card}  how to use it")
         facts = {"weights": str(exported.weights), "card": str(exported.card), "sha256": exported.sha256}
         return Outcome(0, facts)
 
-    _finish("export", work, json, debug)
+    finish("export", work, json, debug)
 
 
 @app.command()
@@ -577,7 +565,7 @@ def bench(
             bench.keep(result, spec.out)
         return Outcome(0, result.plain())
 
-    _finish("bench", work, json, debug)
+    finish("bench", work, json, debug)
 
 
 @app.command()
@@ -601,7 +589,7 @@ def forget(file: Yaml, settings: Settings = None, json: Json = False, debug: Deb
             print(f"still named in {target.machine.store / path}: look, and remove it by hand")
         return Outcome(0, {**vars(done), "cohort": cohort, "still_named_in": left})
 
-    _finish("forget", work, json, debug)
+    finish("forget", work, json, debug)
 
 
 def _subject(told: list[str], cohorts: list[str]) -> tuple[str, str]:
@@ -614,96 +602,6 @@ def _subject(told: list[str], cohorts: list[str]) -> tuple[str, str]:
             "USAGE", f"who? give subject=ID, or subject=COHORT/ID with one of {', '.join(cohorts)}"
         )
     return cohort, subject
-
-
-# ---- how a command ends ---------------------------------------------------------------------------------------------
-
-
-class Terminated(BaseException):
-    """SIGTERM, as an exception: contexts are left in order, Ray is shut down, locks are freed."""
-
-
-def _finish(verb: str, work: Callable[[], Outcome], as_json: bool, debug: bool) -> NoReturn:
-    """Run `work`; turn whatever it ends with into one line on stderr and an exit code of the contract."""
-    with _signals() as received:
-        try:
-            outcome = work()
-            error = None
-        except BaseException as raised:
-            if debug:
-                traceback.print_exc()
-            outcome, error = _explained(raised, received())
-    if error:
-        print(error, file=sys.stderr)
-    if as_json:
-        print(json.dumps({"verb": verb, "exit_code": outcome.code, **outcome.facts}, default=str))
-    sys.stdout.flush()
-    if (
-        outcome.code in STOPPED
-    ):  # everything is shut down; Ray's threads, stopped half-way, may abort a normal exit
-        sys.stderr.flush()
-        os._exit(outcome.code)
-    raise SystemExit(outcome.code)
-
-
-def _explained(raised: BaseException, received: set[int]) -> tuple[Outcome, str]:
-    if signal.SIGTERM in received or isinstance(raised, Terminated):
-        return Outcome(143, {"error": "TERMINATED"}), "stopped; the same command goes on from here"
-    if signal.SIGINT in received or isinstance(raised, KeyboardInterrupt):
-        return Outcome(130, {"error": "INTERRUPTED"}), "stopped; the same command goes on from here"
-    error = _user_error(raised)
-    if error is None:
-        text = next(iter(str(raised).strip().splitlines()), "")
-        hint = "the log has the traceback, and --debug shows it"
-        error = UserError("FAILED", f"{type(raised).__name__}: {text} ({hint})", 1)
-    message = " ".join(str(error).split())
-    return Outcome(
-        error.exit_code, {"error": error.code, "message": message}
-    ), f"error {error.code}: {message}"
-
-
-def _user_error(raised: BaseException) -> UserError | None:
-    """The error a user can mend, found behind what Ray wraps around it."""
-    seen: set[int] = set()
-    current: BaseException | None = raised
-    while current is not None and id(current) not in seen:
-        seen.add(id(current))
-        if isinstance(current, UserError):
-            return current
-        if isinstance(current, OSError) and current.errno == 28:
-            return UserError(
-                "NO_SPACE", f"the disk is full ({current.filename}); free some and run the same again", 1
-            )
-        cause = getattr(current, "cause", None)
-        current = cause if isinstance(cause, BaseException) else current.__cause__ or current.__context__
-    return None
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[Callable[[], set[int]]]:
-    """SIGTERM raises; and which signals came is known even where a library swallows them (Ray Train: exit code 0)."""
-
-    def terminate(number: int, frame: object) -> NoReturn:
-        raise Terminated
-
-    ours, theirs = socket.socketpair()
-    ours.setblocking(False)
-    theirs.setblocking(False)
-    before = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
-    handler = signal.signal(signal.SIGTERM, terminate)
-
-    def received() -> set[int]:
-        with contextlib.suppress(BlockingIOError):
-            return set(ours.recv(4096))
-        return set()
-
-    try:
-        yield received
-    finally:
-        signal.set_wakeup_fd(before)
-        signal.signal(signal.SIGTERM, handler)
-        ours.close()
-        theirs.close()
 
 
 def _shipped(path: Path) -> Path:

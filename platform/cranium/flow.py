@@ -7,108 +7,24 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
-import subprocess
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeRemainingColumn,
-)
 
-from cranium import cluster, store, track, trust
-from cranium.cards import Card
-from cranium.config import Experiment, Machine, UserError, fingerprint, share, to_yaml
+from cranium import cluster, recording, store, trust
+from cranium.config import Experiment, Machine, UserError, share, to_yaml
 from cranium.store import Artefact
+from cranium.study import Study, bar
 
 if TYPE_CHECKING:
     from cranium.sweep import Grid
 
-Tell = Callable[[int, int, str], None]
 Features = dict[tuple[str, str], Artefact]
-JOURNALS = ("journal", "monitor/journal")  # of a pretraining: its steps, and the looks at its teacher
 DEMO_COHORTS = ("demo_ssl", "demo", "demo_external")
-LIVE_SECONDS = (
-    10.0  # how often a running pretraining is sent on to MLflow, and how often a plain log gets a line
-)
-
-
-@dataclass
-class Study:
-    """One command on one experiment: what is asked, where it happens, and what there is to say at the end."""
-
-    exp: Experiment
-    machine: Machine
-    cards: Mapping[str, Card]
-    console: Console
-    notes: list[str] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=dict)
-    made: dict[str, str] = field(default_factory=dict)  # stage and name -> folder
-    missing: dict[str, str] = field(default_factory=dict)  # what could not be had -> why
-    rejected: bool = False
-    tracker: track.Tracker | None = None
-
-    @property
-    def exit_code(self) -> int:
-        return 3 if self.rejected or self.missing else 0
-
-    def note(self, text: str) -> None:
-        if text not in self.notes:
-            self.notes.append(text)
-
-    @contextlib.contextmanager
-    def stage(self, name: str) -> Iterator[Tell]:
-        """A bar with an ETA while the stage works; its time is remembered."""
-        started = time.monotonic()
-        with _bar(self.console, name) as tell:
-            yield tell
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - started
-        self.console.print(f"[green]✓[/] {name:<28} {_clock(time.monotonic() - started)}")
-
-    def skipped(self, name: str) -> None:
-        self.console.print(f"[dim]· {name:<28} done before[/]")
-
-
-@contextlib.contextmanager
-def _bar(console: Console, name: str) -> Iterator[Tell]:
-    if not console.is_terminal:
-        begun = last = time.monotonic()
-        before: int | None = None  # what an earlier attempt had done costs no time now
-
-        def line(done: int, total: int, text: str) -> None:
-            nonlocal last, before
-            before = done if before is None else before
-            now = time.monotonic()
-            if now - last >= LIVE_SECONDS:
-                last, made = now, done - before
-                eta = f"ETA {_clock((now - begun) * (total - done) / made)}" if made > 0 else ""
-                console.print(f"  {name}: {done}/{total} {text} {eta}", soft_wrap=True)
-
-        yield line
-        return
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    ends = (TextColumn("ETA"), TimeRemainingColumn(), TextColumn("[dim]{task.fields[text]}"))
-    # Rich would take over sys.stdout and bring Ray's noise, which goes to the log, back to the terminal.
-    with Progress(
-        *columns, *ends, console=console, transient=True, redirect_stdout=False, redirect_stderr=False
-    ) as bars:
-        task = bars.add_task(name, total=None, text="starting")
-        yield lambda done, total, text: bars.update(task, completed=done, total=total, text=text)
-
-
-def _clock(seconds: float) -> str:
-    return f"{int(seconds) // 60:d}:{int(seconds) % 60:02d}" if seconds >= 60 else f"{seconds:.1f} s"
 
 
 # ---- verbs, in the order data flows ---------------------------------------------------------------------------------
@@ -251,7 +167,7 @@ def pretrain(study: Study, sets: Mapping[str, Artefact] | None = None) -> dict[s
             for shards in corpus:
                 trust.check(shards)
             with _without(study, init), study.stage(name) as tell, cluster.connect(study.machine):
-                live = _live(study, init, made, tell)
+                live = recording.live(study, init, made, tell)
                 stage.pretrain(study.exp, study.machine, init, corpus, live, _monitored(study, sets))
         else:
             study.skipped(name)
@@ -259,7 +175,7 @@ def pretrain(study: Study, sets: Mapping[str, Artefact] | None = None) -> dict[s
             results[init] = made
             for alarm in made.manifest()["alarms"]:
                 study.note(f"{name}: {alarm['code']} from step {alarm['step']}: {alarm['text']}")
-            _track_pretrain(study, init, made, fresh)
+            recording.pretrained(study, init, made, fresh)
     return results
 
 
@@ -332,7 +248,7 @@ def sweep(study: Study, sets: Mapping[str, Artefact] | None = None, features: Fe
         study.skipped(f"sweep ({len(grid.works)} cells)")
     for stamp in grid.stamps:
         study.note(f"accepted overlap: {stamp}")
-    _track_sweep(study, grid, fresh=cells > 0)
+    recording.swept(study, grid, fresh=cells > 0)
     return grid
 
 
@@ -354,8 +270,8 @@ def report(
         if grid.missing:
             count = f"{len(grid.missing)} of {len(grid.works)}"
             raise UserError("NOT_SWEPT", f"{count} cells are not there yet; run `cranium sweep` first")
-    tracked = {name: runs(study, made).get("run", "") for name, made in pretrained.items()}
-    tracked["sweep"] = runs(study, grid.artefact).get("run", "")
+    tracked = {name: recording.runs(study, made).get("run", "") for name, made in pretrained.items()}
+    tracked["sweep"] = recording.runs(study, grid.artefact).get("run", "")
     tracked = {name: run for name, run in tracked.items() if run}
     demo_made = _demo_artefact(study)
     had_not = dict(demo_made.manifest()["missing"]) if demo_made else {}
@@ -367,7 +283,7 @@ def report(
         "shards": [made.id for made in sets.values()],
         "missing": study.missing,
         "runs": tracked,
-        "code": _git(),
+        "code": recording.git(),
     }
     made = store.artefact(study.machine.store, "report", exp.name, key)
     page = made.path / "report.html"
@@ -389,10 +305,10 @@ def report(
                 notes=[f"{what}: {why}" for what, why in (had_not | study.missing).items()],
                 seconds=dict(study.seconds),
                 config=to_yaml(exp),
-                git=_git(),
+                git=recording.git(),
                 versions={name: version(name) for name in ("ray", "mlflow", "torch", "timm", "numpy")},
                 runs=tracked,
-                cell_runs=runs(study, grid.artefact),
+                cell_runs=recording.runs(study, grid.artefact),
                 mlflow_uri=study.machine.tracking,
                 bootstrap=exp.report.bootstrap,
             ),
@@ -613,7 +529,7 @@ def verify(sets: Sequence[Artefact], console: Console) -> dict[str, list[trust.P
     """What is wrong with each shard set, by its id; everything is read again."""
     found: dict[str, list[trust.Problem]] = {}
     for made in sets:
-        with _bar(console, made.id) as tell:
+        with bar(console, made.id) as tell:
             try:
                 problems = trust.verify(made, tell)
             except UserError as error:  # of the manifest
@@ -622,134 +538,3 @@ def verify(sets: Sequence[Artefact], console: Console) -> dict[str, list[trust.P
         if not problems:
             console.print(f"{made.id}: {len(made.manifest()['shards'])} shards as written", highlight=False)
     return found
-
-
-# ---- tracking: never costs the work ---------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _tracking(study: Study) -> Iterator[None]:
-    try:
-        yield
-    except track.TrackingError as error:
-        again = "run the same command again when it answers"
-        study.note(f"MLflow was not reached, so its runs are late ({error}); the journals are kept: {again}")
-
-
-def _tracker(study: Study) -> track.Tracker:
-    study.tracker = study.tracker or track.Tracker(study.machine.tracking, study.exp.name)
-    return study.tracker
-
-
-def _mark(study: Study, made: Artefact) -> Path:
-    """What of an artefact MLflow has: a file per tracking store, so that a second run need not ask."""
-    folder = study.machine.store / "tracked" / fingerprint(study.machine.tracking)[:8]
-    return folder / f"{made.id.replace('/', '-')}.json"
-
-
-def runs(study: Study, made: Artefact) -> dict[str, str]:
-    """MLflow's run ids of an artefact: `run`, or `run` and one per cell folder. Empty when it was not tracked."""
-    mark = _mark(study, made)
-    return dict(json.loads(mark.read_text())) if mark.is_file() else {}
-
-
-def _tags(study: Study, **more: str) -> dict[str, str]:
-    return {"experiment": study.exp.name, "config": fingerprint(study.exp)[:16], "git": _git(), **more}
-
-
-def _git() -> str:
-    """The commit this package runs from, `-dirty` with changes; its version when it is no clone."""
-    from cranium import __version__
-
-    folder = Path(__file__).parent
-    command = ["git", "-C", str(folder), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    return f"v{__version__}"
-
-
-def _pretrain_run(study: Study, init: str, made: Artefact) -> str:
-    assert study.exp.pretrain
-    manifest = ",".join(
-        Artefact(Path(study.made[f"ingest {c}"])).path.name
-        for c in study.exp.pretrain.cohorts
-        if f"ingest {c}" in study.made
-    )
-    run = _tracker(study).run(
-        made.id,
-        f"pretrain {init}",
-        _tags(study, stage="pretrain", init=init, manifest=manifest, artefact=made.id),
-    )
-    _tracker(study).params(run, track.flatten(study.exp.pretrain.model_dump(mode="json")))
-    return run
-
-
-def _live(study: Study, init: str, made: Artefact, tell: Tell) -> Tell:
-    """Pass progress on, and every few seconds the journal to MLflow, so that curves can be watched."""
-    state: dict[str, Any] = {"run": None, "next": time.monotonic() + LIVE_SECONDS}
-
-    def both(done: int, total: int, text: str) -> None:
-        tell(done, total, text)
-        if time.monotonic() >= state["next"]:
-            with _tracking(study):
-                state["run"] = state["run"] or _pretrain_run(study, init, made)
-                for folder in JOURNALS:
-                    _tracker(study).replay(state["run"], made.path / folder)
-            state["next"] = time.monotonic() + LIVE_SECONDS
-
-    return both
-
-
-def _track_pretrain(study: Study, init: str, made: Artefact, fresh: bool) -> None:
-    if _mark(study, made).is_file() and not fresh:
-        return
-    with study.stage(f"track {init}"), _tracking(study):
-        run = _pretrain_run(study, init, made)
-        tracker = _tracker(study)
-        for folder in JOURNALS:
-            tracker.replay(run, made.path / folder)
-        tracker.log(run, {"sys/seconds": made.manifest()["seconds"]}, _start_tags(made))
-        tracker.artefact(run, made.path / "resolved.yaml")
-        tracker.finish(run)
-        store.write_atomic(_mark(study, made), json.dumps({"run": run}))
-
-
-def _start_tags(made: Artefact) -> dict[str, str]:
-    """Where a pretraining's first weights came from and how they fitted, for its run."""
-    start = made.manifest()["start"]
-    return {f"start.{key}": track.plain(start[key]) for key in start if start[key] not in (None, "", [])}
-
-
-def _track_sweep(study: Study, grid: Grid, fresh: bool) -> None:
-    if _mark(study, grid.artefact).is_file() and not fresh:
-        return
-    with study.stage("track sweep") as tell, _tracking(study):
-        tracker = _tracker(study)
-        assert study.exp.sweep
-        parent = tracker.run(
-            grid.artefact.id,
-            f"sweep {study.exp.name}",
-            _tags(study, stage="sweep", artefact=grid.artefact.id),
-        )
-        tracker.params(parent, track.flatten(study.exp.sweep.model_dump(mode="json")))
-        ids, git = {"run": parent}, _git()
-        for done, work in enumerate(grid.works, 1):
-            cell = work.cell.model_dump(mode="json")
-            tags = {k: track.plain(v) for k, v in cell.items()} | {
-                "stage": "adapt",
-                "git": git,
-                **dict(work.tags),
-            }
-            manifest = store.read_manifest(work.folder)
-            scores = {k: v for k, v in manifest["metrics"].items() if v is not None}
-            scores |= {k: float(manifest["counts"][k]) for k in ("n_train", "n_test")}
-            key = Artefact(work.folder).id
-            ids[work.folder.name] = tracker.record(
-                key, work.cell.name, parent, tags, track.flatten(cell), scores
-            )
-            tell(done, len(grid.works), "runs")
-        tracker.log(parent, {"cells": float(len(grid.works))})
-        tracker.artefact(parent, grid.artefact.path / "resolved.yaml")
-        tracker.artefact(parent, grid.artefact.path / "splits.json")
-        tracker.finish(parent)
-        store.write_atomic(_mark(study, grid.artefact), json.dumps(ids))
