@@ -24,18 +24,16 @@ from cranium.store import write_atomic
 from cranium.watch import repeatedly
 
 PACKAGES = ("numpy", "pyarrow", "ray", "torch", "SimpleITK")
-Work = Callable[
-    [], Mapping[str, float] | None
-]  # does it all once; what it found out beside the time, in numbers
+# Does it all once; what it found out beside the time, in numbers.
+Work = Callable[[], Mapping[str, float] | None]
 
 
 class Settings(Frozen):
     """What every benchmark can be told on the command line."""
 
     rounds: int = 3
-    data: Path = Field(
-        default_factory=lambda: load_machine().cache / "bench"
-    )  # generated input, kept for next time
+    # Generated input, kept for next time.
+    data: Path = Field(default_factory=lambda: load_machine().cache / "bench")
     out: Path | None = None  # JSON of the results
 
     @field_validator("data")

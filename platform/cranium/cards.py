@@ -15,9 +15,8 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from cranium.config import NAME, Contrast, Frozen, UserError, share, validated, with_base
 
-Several = Annotated[
-    tuple[str, ...], BeforeValidator(lambda v: (v,) if isinstance(v, str) else v)
-]  # one, or a list
+# One, or a list.
+Several = Annotated[tuple[str, ...], BeforeValidator(lambda v: (v,) if isinstance(v, str) else v)]
 
 
 class Layout(Frozen):

@@ -260,10 +260,8 @@ def quiet(log: Path) -> Iterator[Terminal]:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
         try:
-            with (
-                contextlib.redirect_stdout(file),
-                contextlib.redirect_stderr(file),
-            ):  # where they are not 1 and 2
+            # Where they are not 1 and 2.
+            with contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
                 yield Terminal(out, err)
         finally:
             _flush(sys.stdout, sys.stderr, out, err)
@@ -392,10 +390,8 @@ def _client(address: str) -> Any:
 
     if not address.startswith("http"):
         raise UserError("ADDRESS", f"{address}: jobs go to a dashboard, e.g. address=http://127.0.0.1:8265")
-    with (
-        _variable("RAY_ADDRESS", None),
-        _variable("RAY_API_SERVER_ADDRESS", None),
-    ):  # they would win over `address`
+    # They would win over `address`
+    with _variable("RAY_ADDRESS", None), _variable("RAY_API_SERVER_ADDRESS", None):
         try:
             return JobSubmissionClient(address)
         except (ConnectionError, RuntimeError) as error:

@@ -54,9 +54,8 @@ class CohortTable:
     files: tuple[tuple[str, int], ...]
     tables: tuple[Path, ...]  # that labels and demographics were read from
     notes: tuple[str, ...]
-    overlap_ids: Mapping[str, Mapping[str, tuple[str, ...]]] = field(
-        default_factory=dict
-    )  # other cohort -> ours -> theirs
+    # Other cohort -> ours -> theirs.
+    overlap_ids: Mapping[str, Mapping[str, tuple[str, ...]]] = field(default_factory=dict)
 
     @property
     def missing(self) -> dict[str, int]:
@@ -208,9 +207,8 @@ def _claimed(
     for contrast, patterns in layout.files.items():
         for order, pattern in enumerate(patterns):
             for path, fields in matching(pattern, files):
-                if (
-                    path in owner
-                ):  # by a better pattern of the same contrast; of another one it would be two scans
+                # By a better pattern of the same contrast; of another one it would be two scans.
+                if path in owner:
                     if owner[path] != contrast:
                         both = f"patterns of {owner[path]} and of {contrast}"
                         raise UserError("PATTERN", f"{path} fits {both}; correct `layouts` in the card")

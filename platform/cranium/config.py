@@ -23,10 +23,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 Contrast = Literal["T1w", "T2w", "FLAIR", "T1ce", "PDw"]
 Init = str  # imagenet | dinov2 | scratch | brainfound | random | covariates | run:<id>
 INITS = ("random", "imagenet", "dinov2", "scratch", "brainfound", "covariates")
-PRETRAINED_HERE: Mapping[str, str] = {
-    "scratch": "random",
-    "brainfound": "dinov2",
-}  # init -> what its pretraining starts from
+# init -> what its pretraining starts from.
+PRETRAINED_HERE: Mapping[str, str] = {"scratch": "random", "brainfound": "dinov2"}
 RUN = r"run:[A-Za-z0-9][A-Za-z0-9._@-]*"  # an artefact's name or hex, an MLflow run id, or <model>@<alias>
 MAX_YAML_BYTES = 1 << 20
 NAME = r"^[a-z][a-z0-9_]*$"
@@ -234,9 +232,8 @@ class Optimiser(Frozen):
     min_lr: float = 1e-6
     weight_decay: tuple[float, float] = (0.04, 0.4)
     momentum: tuple[float, float] = (0.992, 1.0)
-    momentum_batch: int | None = Field(
-        None, ge=1
-    )  # the batch it was meant for: momentum ** (batch_size / this)
+    # The batch it was meant for: momentum ** (batch_size / this)
+    momentum_batch: int | None = Field(None, ge=1)
     layer_decay: float = Field(0.9, gt=0, le=1)
     patch_embed_lr: float = 0.2
     warmup: float = Field(0.08, ge=0, lt=1)  # share of the steps

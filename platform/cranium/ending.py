@@ -48,9 +48,8 @@ def finish(verb: str, work: Callable[[], Outcome], as_json: bool, debug: bool) -
     if as_json:
         print(json.dumps({"verb": verb, "exit_code": outcome.code, **outcome.facts}, default=str))
     sys.stdout.flush()
-    if (
-        outcome.code in STOPPED
-    ):  # everything is shut down; Ray's threads, stopped half-way, may abort a normal exit
+    # Everything is shut down; Ray's threads, stopped half-way, may abort a normal exit.
+    if outcome.code in STOPPED:
         sys.stderr.flush()
         os._exit(outcome.code)
     raise SystemExit(outcome.code)

@@ -30,12 +30,8 @@ STAGES = ("embed", "pretrain", "adapt", "sweep", "report")  # and whatever else 
 # Folders of a store that hold no results.
 OURS = ("ingest", "demo", "logs", "locks", "private", "tracked", track.ARTEFACTS)
 WORDS = (".json", ".jsonl", ".yaml", ".html", ".csv", ".tsv", ".txt", ".log", ".md")
-PLAN = (
-    "sets",
-    "shards",
-    "removed",
-    "marked",
-)  # shard sets, SHA-256 of their shards, dependents by their fate
+# Shard sets, SHA-256 of their shards, dependents by their fate.
+PLAN = ("sets", "shards", "removed", "marked")
 READ_BYTES = 32 << 20  # text files beyond this are not searched
 
 Tell = Callable[[str], None]
@@ -83,9 +79,8 @@ def forget(machine: Machine, cohort: str, subject: str, tell: Tell = lambda text
             made = Artefact(machine.store / "ingest" / name)
             if made.done:
                 with store.lock(machine.store, made.id):
-                    place.remove(
-                        sorted(made.path.glob("*.html"))
-                    )  # pages with pictures; ingest makes them anew
+                    # Pages with pictures; ingest makes them anew.
+                    place.remove(sorted(made.path.glob("*.html")))
                     versions.rewrite(made, lambda s, _: s in who.names)
                     _left_out(made, who.key)
                 done.rewritten.append(made.id)

@@ -29,9 +29,8 @@ from cranium.volume import privacy
 
 PRIVATE = "private"
 FORGOTTEN = "forgotten.json"
-EXAMPLES = re.compile(
-    r"[,;] such as .*", re.DOTALL
-)  # at the end of a note: paths, or ids of people who are not here
+# At the end of a note: paths, or ids of people who are not here.
+EXAMPLES = re.compile(r"[,;] such as .*", re.DOTALL)
 
 
 # ---- the private folder ---------------------------------------------------------------------------------------------

@@ -28,12 +28,8 @@ from cranium.volume.quality import ASIDE
 Progress = Callable[[int, int, str], None]
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM)
-OF_SESSIONS = (
-    "labels",
-    "groups",
-    "matched",
-    "simulated",
-)  # of a card: what is said of sessions, not of pixels
+# Of a card: what is said of sessions, not of pixels.
+OF_SESSIONS = ("labels", "groups", "matched", "simulated")
 
 
 def ingest(

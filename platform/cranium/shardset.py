@@ -170,9 +170,8 @@ def counts_of(done: Sequence[Done], refused: int, shards: list[dict[str, Any]]) 
         "stacks": sum(entry["rows"] for entry in shards),
     }
     maps = Counter(one.record["label_map"] for one in done)
-    if maps.keys() - {
-        None
-    }:  # counted apart, so that scans add up; unused: no scan of the session was accepted
+    # Counted apart, so that scans add up; unused: no scan of the session was accepted.
+    if maps.keys() - {None}:
         counts |= {f"label_maps_{outcome}": maps[outcome] for outcome in ("accepted", "rejected", "unused")}
     return counts
 

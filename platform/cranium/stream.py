@@ -23,10 +23,8 @@ from cranium.volume import plan, shard, window
 from cranium.volume.visit import read
 
 SEGMENT = 2048  # row groups given to one Ray Data execution: its start costs 0.2 s, its plan a little memory
-BLOCK_BYTES, BLOCK_GROUPS = (
-    100_000_000,
-    16,
-)  # read by one task: below Ray's 128 MiB, so that it makes one block
+# Read by one task: below Ray's 128 MiB, so that it makes one block.
+BLOCK_BYTES, BLOCK_GROUPS = (100_000_000, 16)
 READERS = 2  # tasks of one worker at a time; they share its `read_cpus`
 
 

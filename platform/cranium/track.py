@@ -26,12 +26,8 @@ if TYPE_CHECKING:
 
 KEY = "cranium.key"  # the tag that makes creating a run idempotent
 PARENT = "mlflow.parentRunId"
-MAX_METRICS, MAX_PARAMS, MAX_TAGS, MAX_VALUE = (
-    1000,
-    100,
-    100,
-    6000,
-)  # MLflow's limits for one batch, one param
+# MLflow's limits for one batch, one param.
+MAX_METRICS, MAX_PARAMS, MAX_TAGS, MAX_VALUE = (1000, 100, 100, 6000)
 ARTEFACTS = "mlflow-artifacts"  # beside a sqlite database
 
 METRICS: Mapping[str, str] = {
@@ -268,9 +264,8 @@ class Tracker:
             ]
             for start in range(0, len(points), MAX_METRICS):
                 chunk = points[start : start + MAX_METRICS]
-                self._batch(
-                    run_id, chunk
-                )  # if we die here, the same points come again: MLflow knows them by time
+                # If we die here, the same points come again: MLflow knows them by time.
+                self._batch(run_id, chunk)
                 marks.update({name: step for name, _, _, step in chunk})
                 write_atomic(marks_path, json.dumps(remembered, sort_keys=True))
             return len(points)

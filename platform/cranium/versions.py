@@ -147,9 +147,8 @@ def rewrite(artefact: Artefact, drop: Callable[[str, str], bool]) -> Rewritten:
     link: rewrite every version. Hold the artefact's lock. After a kill, call it again: it goes on.
     """
     base = shard.base(artefact.path)
-    shardset.fetch(
-        artefact, base
-    )  # of an attempt that was killed between its manifest there and the one here
+    # Of an attempt that was killed between its manifest there and the one here.
+    shardset.fetch(artefact, base)
     manifest = artefact.manifest()
     done = shardset.records(artefact.path)
     old = [pq.read_table(artefact.path / name) for name in shardset.TABLES]

@@ -11,14 +11,8 @@ from dataclasses import dataclass
 
 from cranium.models.architectures import ARCHITECTURES, Architecture
 
-PEAK: Mapping[
-    str, float
-] = {  # dense bf16 operations per second, from NVIDIA's data sheets (SXM where there are two)
-    "L40S": 362e12,
-    "A100": 312e12,
-    "H100": 989e12,
-    "B200": 2250e12,
-}
+PEAK: Mapping[str, float] = {"A100": 312e12, "H100": 989e12}
+"""Dense bf16 operations per second: the peaks that the published rates below are shares of."""
 UTILISATION = 0.4
 """Share of the peak that a good run reaches. Published: DINOv2 46 % on A100; DINOv3's recipe 25 % on H100."""
 

@@ -54,9 +54,8 @@ def _read_script(path: Path, sha256: str) -> Any:
         raise ValueError(
             f"{path} has SHA-256 {found}, not the pinned {sha256}: fetch it again from deepbet 1.0.2"
         )
-    with (
-        warnings.catch_warnings()
-    ):  # torch.export can't read these files, so the advice to move to it is void
+    # torch.export can't read these files, so the advice to move to it is void.
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         return torch.jit.load(io.BytesIO(content), map_location="cpu").eval()  # type: ignore[no-untyped-call]
 

@@ -42,9 +42,8 @@ from cranium.volume.agent import agent, in_study_before, named, words
 from cranium.volume.headers import Header
 from cranium.volume.quality import Note
 
-MR_CLASSES = tuple(
-    f"1.2.840.10008.5.1.4.1.1.4{kind}" for kind in ("", ".1", ".4")
-)  # classic, enhanced, converted
+# Classic, enhanced, converted.
+MR_CLASSES = tuple(f"1.2.840.10008.5.1.4.1.1.4{kind}" for kind in ("", ".1", ".4"))
 MAPS = frozenset(  # values of ImageType
     {
         "ADC",

@@ -32,16 +32,12 @@ from cranium.volume.quality import Note, Rejected
 
 TIMEOUT_S = 300.0
 MEMORY_BYTES = 8 << 30  # of the converter
-UNEVEN_MM, UNEVEN = (
-    0.1,
-    0.1,
-)  # how far an image may lie off its place: mm (rounded headers), and share of the distance
+# How far an image may lie off its place: mm (rounded headers), and share of the distance.
+UNEVEN_MM, UNEVEN = (0.1, 0.1)
 GAP = 1.5  # times the usual distance: a slice is missing
 APART = 0.25  # voxels: how far the converted grid may lie from that of the headers
-STRETCH, NOTED_STRETCH = (
-    0.5,
-    0.005,
-)  # share by which its distance of images may differ from their mean; is noted
+# Share by which its distance of images may differ from their mean; is noted.
+STRETCH, NOTED_STRETCH = (0.5, 0.005)
 OPTIONS = (
     *("-ba", "y", "-b", "y"),  # a sidecar without identity (what it leaves all the same is dropped below)
     *("-z", "n", "-f", "fixed", "-w", "0"),

@@ -19,9 +19,8 @@ from cranium.volume.quality import Note, Rejected
 from cranium.volume.slices import nearest
 
 Affine = NDArray[np.float64]
-Segment = Callable[
-    [NDArray[np.float32], Affine], NDArray[np.bool_]
-]  # scan [I, J, K] and affine -> mask; ValueError
+# Scan [I, J, K] and affine -> mask; ValueError.
+Segment = Callable[[NDArray[np.float32], Affine], NDArray[np.bool_]]
 
 MIN_MASK_VOXELS = 50
 MAX_MASK_SHARE = 0.95  # of the field of view

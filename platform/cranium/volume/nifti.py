@@ -30,9 +30,8 @@ from cranium.volume.quality import Note, Rejected
 
 MAX_BYTES = 2 << 30  # of a file, of its voxels as stored, and of its voxels as float32
 SLACK_BYTES = 1 << 20  # what a file may hold after its last voxel
-DRAIN_BYTES = (
-    256 << 20
-)  # how far a gzip stream with an unusable header is read on, to tell damage from nonsense
+# How far a gzip stream with an unusable header is read on, to tell damage from nonsense.
+DRAIN_BYTES = 256 << 20
 MAX_SIDECAR_BYTES = 1 << 20
 MAX_NONFINITE = 1e-3  # share of the voxels
 MAX_MAGNITUDE = 1e30

@@ -109,9 +109,8 @@ def review_bytes(field: str, content: bytes) -> tuple[Suspect, ...]:
         run for how in ("utf-8", "utf-16-le") for run in _PRINTABLE.findall(content.decode(how, "replace"))
     }
     found = {kind for run in runs for kind in kinds(run)}
-    if (
-        b"DICM" in content or b"\x10\x00\x10\x00" in content
-    ):  # a DICOM header: (0010,0010) is the patient's name
+    # A DICOM header: (0010,0010) is the patient's name.
+    if b"DICM" in content or b"\x10\x00\x10\x00" in content:
         found.add("name")
     return tuple(Suspect(field, kind) for kind in (*KINDS, "address") if kind in found)
 
