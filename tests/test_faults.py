@@ -262,6 +262,6 @@ def test_nothing_planted_leaves(tmp_path: Path, machine: Machine, identifiers: s
 def test_suspects_may_be_refused(tmp_path: Path, machine: Machine) -> None:  # I25
     root = tree(tmp_path)
     plant(root)
-    made = ingested(root, machine, suspects="reject")
+    made = ingested(root, machine, phi="reject")
     assert made.manifest()["rejections"] == {"PHI_SUSPECT": 1, "GZ_TRUNCATED": 1}
     assert len(table(made, "sessions")) == 1

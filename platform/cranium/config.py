@@ -152,7 +152,7 @@ class Ingest(Preprocessing):
 
     cohorts: tuple[str, ...] = ()
     identifiers: Literal["plain", "salted"] = "plain"  # of subjects in every output: see docs/privacy.md
-    suspects: Literal["note", "reject"] = "note"  # scans with text around them that may identify a person
+    phi: Literal["note", "reject"] = "note"  # text beside a scan that may identify a person (PHI_SUSPECT)
     codec: Literal["none", "lz4", "zstd"] = "none"
     shard_mb: int = Field(96, ge=1, le=512)
     compute: Compute = Compute()

@@ -55,7 +55,7 @@ def session(row: dict[str, Any], job: Job) -> dict[str, Any]:
     here = {channel: scan for channel, scan in wanted.items() if channel not in late}
     volumes, scans, rejected = normalise.read_scans(job.root, here, ways, spec.orientation)
     rejected |= late
-    if spec.suspects == "reject":
+    if spec.phi == "reject":
         rejected |= (refused := nifti.refuse_suspects(volumes))
         scans = {channel: scan for channel, scan in scans.items() if channel not in refused}
     record: dict[str, Any] = {"index": index, "scans": len(wanted), "warned": 0, "row_groups": []}

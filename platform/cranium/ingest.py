@@ -135,7 +135,7 @@ def _key(card: Card, spec: Ingest, table: cohort.CohortTable) -> dict[str, Any]:
         "codec": spec.codec,
         "shard_mb": spec.shard_mb,
         "identifiers": spec.identifiers,
-        "suspects": spec.suspects,
+        "phi": spec.phi,
         "files": table.files,
         "tables": [store.sha256(path) for path in table.tables],
         "overlaps": sorted(
@@ -267,7 +267,7 @@ OURS = ("index", "at", "kept")  # of a record, while work goes on
 def _pixels(card: Card, spec: Ingest, ways: tuple[str, ...]) -> str:
     """Fingerprint of what shapes rows beside the files: versions that share it can share shards."""
     facts = card.facts("name", "layouts", "segmentation", "stripped")
-    settings = [spec.preprocessing, spec.codec, spec.shard_mb, spec.suspects]
+    settings = [spec.preprocessing, spec.codec, spec.shard_mb, spec.phi]
     return config.fingerprint([shardset.RECIPE, facts, ways, *settings])
 
 
