@@ -11,14 +11,14 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from cranium import checkpoint, shardset, store
+from cranium import checkpoint, shardset, store, stream
 from cranium.config import Embed, Experiment, Machine, UserError
 from cranium.store import Artefact
 from cranium.volume import shard
@@ -28,6 +28,7 @@ FEATURES = "features.parquet"
 IDENTITY = ["cohort", "subject", "session", "slice", "present"]
 
 Progress = Callable[[int, int, str], None]
+Fill = Literal["zero", "replicate"]  # of absent contrasts
 
 
 def artefact(
@@ -42,6 +43,7 @@ def artefact(
         "init": init,
         "weights": pretrained.id if pretrained else _weights(machine),
         "shards": [entry["sha256"] for entry in manifest["shards"]],
+        **({"fill": exp.stream.fill} if exp.stream.fill != "zero" else {}),
     }
     return store.artefact(machine.store, "embed", f"{init.replace(':', '_')}_{manifest['cohort']}", key)
 
@@ -78,7 +80,9 @@ def embed(
         _same_preprocessing(pretrained, manifest)
     with store.lock(machine.store, made.id):
         made.path.mkdir(parents=True, exist_ok=True)
-        rows = _write(made.path / FEATURES, backbone, shard_set, manifest, exp.embed, progress)
+        rows = _write(
+            made.path / FEATURES, backbone, shard_set, manifest, exp.embed, exp.stream.fill, progress
+        )
         if rows != manifest["counts"]["stacks"]:
             raise RuntimeError(f"{made.path}: {rows} features for {manifest['counts']['stacks']} stacks")
         store.commit(
@@ -115,6 +119,7 @@ def _write(
     shard_set: Artefact,
     manifest: dict[str, Any],
     spec: Embed,
+    fill: Fill,
     progress: Progress | None,
 ) -> int:
     from ray.data import ExecutionOptions
@@ -129,7 +134,7 @@ def _write(
     compute = spec.compute
     dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
         Encoder,
-        fn_constructor_args=(ray.put(backbone), spec.features, spec.batch_size, compute.threads),
+        fn_constructor_args=(ray.put(backbone), spec.features, spec.batch_size, compute.threads, fill),
         batch_size=None,
         batch_format="pyarrow",
         concurrency=compute.num_workers,
@@ -157,7 +162,12 @@ class Encoder:
     """A Ray Data actor: row groups in, feature rows out."""
 
     def __init__(
-        self, backbone: Any, features: tuple[str, ...], batch_size: int, threads: int | None
+        self,
+        backbone: Any,
+        features: tuple[str, ...],
+        batch_size: int,
+        threads: int | None,
+        fill: Fill = "zero",
     ) -> None:
         import ray
 
@@ -167,7 +177,7 @@ class Encoder:
         if isinstance(backbone, ray.ObjectRef):
             backbone = ray.get(backbone)
         self.backbone = backbone.to(self.device).eval()
-        self.features, self.batch_size = features, batch_size
+        self.features, self.batch_size, self.fill = features, batch_size, fill
 
     def __call__(self, items: pa.Table) -> pa.Table:
         return pa.concat_tables(self._row_group(item["file"], item["index"]) for item in items.to_pylist())
@@ -175,7 +185,11 @@ class Encoder:
     def _row_group(self, file: str, index: int) -> pa.Table:
         table = shard.read_row_group(file, index)
         shard.check_rows(table, f"{file}, row group {index}")
-        features = encode(self.backbone, shard.pixels(table), self.features, self.batch_size, self.device)
+        stacks = shard.pixels(table)
+        if self.fill == "replicate":  # as the stream filled them when the backbone was trained
+            bits = np.asarray(table["present"])[:, None] >> np.arange(stacks.shape[1]) & 1
+            stacks = stream.replicate(torch.from_numpy(stacks.copy()), torch.from_numpy(bits > 0)).numpy()
+        features = encode(self.backbone, stacks, self.features, self.batch_size, self.device)
         raw = pa.array([row.tobytes() for row in features], pa.binary(features.shape[1] * 4))
         return table.select(IDENTITY).append_column("features", raw)
 

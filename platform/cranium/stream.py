@@ -89,11 +89,17 @@ def batches(
 
 
 def replicated(batch: Batch) -> Batch:
-    """Fill each absent contrast with the row's first present one, and call it present."""
-    stacks, present = batch.stacks.clone(), batch.present
+    """Absent contrasts filled by `replicate`, and called present."""
+    present = batch.present | batch.present.any(1, keepdim=True)
+    return replace(batch, stacks=replicate(batch.stacks, batch.present), present=present)
+
+
+def replicate(stacks: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
+    """Stacks [B, C, S, H, W] with each absent contrast (`present` [B, C]) a copy of the row's first present one."""
+    filled = stacks.clone()
     rows, channels = (~present & present.any(1, keepdim=True)).nonzero(as_tuple=True)
-    stacks[rows, channels] = stacks[rows, present.int().argmax(1)[rows]]
-    return replace(batch, stacks=stacks, present=present | present.any(1, keepdim=True))
+    filled[rows, channels] = stacks[rows, present.int().argmax(1)[rows]]
+    return filled
 
 
 class _Key(NamedTuple):

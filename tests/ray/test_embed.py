@@ -56,6 +56,26 @@ def test_features_are_the_backbones_in_the_order_of_the_rows(shards: Artefact, f
     assert row == 240
 
 
+def test_absent_contrasts_are_filled_as_in_training(ray_cluster: object, shards: Artefact, tmp_path: Path):
+    """Every third session of the set lacks T2w: with `fill: replicate` its features are those of T1w in its place."""
+    filled = EXPERIMENT.model_copy(
+        update={"stream": EXPERIMENT.stream.model_copy(update={"fill": "replicate"})}
+    )
+    made = embed.artefact(filled, Machine(store=tmp_path), "random", shards, None)
+    assert made.id != embed.artefact(EXPERIMENT, Machine(store=tmp_path), "random", shards, None).id
+    backbone, _ = checkpoint.load_backbone("random", arch="vit_tiny_patch14", in_channels=3, image_size=28)
+    encoder = embed.Encoder(backbone, ("cls",), 64, None, "replicate")
+    entry = shards.manifest()["shards"][0]
+    table = encoder._row_group(str(shards.path / entry["file"]), 0)
+    stacks = np.array(shard.pixels(shard.read_row_group(shards.path / entry["file"], 0)))
+    assert table["present"][0].as_py() == 0b101
+    stacks[:, 1] = stacks[:, 0]
+    with torch.inference_mode():
+        expected = backbone(torch.from_numpy(stacks).flatten(1, 2).float() / 255).cls.numpy()
+    got = np.frombuffer(b"".join(table["features"].to_pylist()), np.float32).reshape(len(stacks), -1)
+    np.testing.assert_allclose(got, expected, atol=1e-4)
+
+
 def test_done_features_are_not_made_again(shards: Artefact, features: Artefact):
     before = (features.path / embed.FEATURES).stat().st_mtime_ns
     again = embed.embed(EXPERIMENT, Machine(store=features.path.parents[1]), "random", shards)
