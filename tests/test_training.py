@@ -24,7 +24,7 @@ def build(accumulate: int) -> tuple[Pretrain, DINOv2]:
             "accumulate": accumulate,
             "crops": {"global_size": 28, "local_size": 14, "num_local": 2},
             "loss": {"prototypes": 32, "head_hidden": 32, "head_bottleneck": 16},
-            "compute": {"precision": "fp32"},
+            "precision": "fp32",
         }
     )
     torch.manual_seed(0)

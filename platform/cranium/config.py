@@ -268,7 +268,6 @@ class Monitor(Frozen):
 
 
 class PretrainCompute(Compute):
-    precision: Literal["fp32", "bf16"] = "bf16"
     compile: bool = False
     keep_checkpoints: int = Field(2, ge=1)
     checkpoint_every: int = Field(500, ge=1)  # steps
@@ -295,6 +294,7 @@ class Pretrain(Frozen):
     # Parts a worker's share of a batch is worked in, their gradients added up. Sinkhorn, the centre and KoLeo then see
     # a part at a time, so this is not the loss of the whole batch, and is no setting of `compute`.
     accumulate: int = Field(1, ge=1)
+    precision: Literal["fp32", "bf16"] = "bf16"  # of the networks; losses are in fp32
     seed: int = 0
     # A folder of <store>/pretrain: its last checkpoint, under these settings.
     continue_from: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")

@@ -213,7 +213,7 @@ def _backward(
 ) -> dict[str, Tensor]:
     """Losses of a batch and their gradients, part by part; workers exchange gradients with the last part only."""
     reduce, gather = (_reduce, _gather) if run.world > 1 else (_identity, _identity)
-    precision = torch.bfloat16 if spec.compute.precision == "bf16" else None
+    precision = torch.bfloat16 if spec.precision == "bf16" else None
     size = len(batch.rows) // spec.accumulate
     found: list[dict[str, Tensor]] = []
     for number in range(spec.accumulate):
@@ -263,7 +263,7 @@ def _require_finite(loss: Tensor, norm: Tensor, batch: stream.Batch, done: int, 
         raise UserError(
             "NOT_FINITE",
             f"the loss is {float(loss)}, the gradient's norm {float(norm)} at step {batch.step} (seed {spec.seed}); "
-            "lower pretrain.optimiser.lr, or set pretrain.compute.precision=fp32",
+            "lower pretrain.optimiser.lr, or set pretrain.precision=fp32",
             exit_code=1,
         )
 

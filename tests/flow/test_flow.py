@@ -47,7 +47,8 @@ EXPERIMENT = {
         "batch_size": 8,
         "crops": {"global_size": 56, "local_size": 28, "num_local": 2},
         "loss": {"prototypes": 64, "head_hidden": 64, "head_bottleneck": 32},
-        "compute": {"precision": "fp32", "checkpoint_every": 5, "log_every": 1},
+        "precision": "fp32",
+        "compute": {"checkpoint_every": 5, "log_every": 1},
     },
     "adapt": {
         "tasks": [

@@ -36,9 +36,9 @@ def experiment(workers: int = 1, steps: int = STEPS, drop_path: float = 0.1) -> 
                 "batch_size": 8,
                 "crops": {"global_size": 28, "local_size": 14, "num_local": 2},
                 "loss": {"prototypes": 64, "head_hidden": 64, "head_bottleneck": 32},
+                "precision": "fp32",
                 "compute": {
                     "num_workers": workers,
-                    "precision": "fp32",
                     "checkpoint_every": 8,
                     "log_every": 1,
                     "keep_checkpoints": 2,
