@@ -177,7 +177,7 @@ def tree_cpu() -> float:
     own = psutil.Process()
     ended = own.cpu_times()
     # Of this process to the microsecond; the kernel tells others' in ticks of 10 ms.
-    total = time.process_time() + ended.children_user + ended.children_system
+    total: float = time.process_time() + ended.children_user + ended.children_system
     for process in own.children(recursive=True):
         with contextlib.suppress(psutil.Error):
             times = process.cpu_times()
