@@ -192,6 +192,11 @@ def test_pictures_show_the_outline_and_the_labels(tmp_path: Path) -> None:
     assert (red > 150).sum() > side and np.abs(red[side // 2, 5 * side // 8 : 7 * side // 8]).max() < 10
     (gap,) = mosaic.pictures([(tmp_path / "a.parquet", 0, 2)], ("T1w",), (False,))
     assert gap.image is None
+    damaged = bytearray((tmp_path / "a.parquet").read_bytes())
+    damaged[damaged.index(masks[1].tobytes()) + 500] ^= 2
+    (tmp_path / "a.parquet").write_bytes(damaged)
+    with pytest.raises(shard.ShardError, match="label map of row 1"):
+        mosaic.pictures([(tmp_path / "a.parquet", 0, 2)], ("T1w",), (True,))
 
 
 def test_the_score_is_the_greatest_robust_deviation() -> None:

@@ -102,6 +102,39 @@ def test_every_flipped_pixel_byte_trips_the_crc(tmp_path: Path) -> None:
             shard.read_row_group(path, 0, verify=True)
 
 
+def test_a_changed_label_trips_its_crc_and_not_that_of_the_pixels(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    _, table = run(1, masks=True)
+    shard.write(path, [table])
+    labels = shard.masks(table)
+    assert labels is not None and table["mask_crc"].to_pylist() == [zlib.crc32(m.tobytes()) for m in labels]
+    damaged = bytearray(path.read_bytes())
+    damaged[damaged.index(labels[2].tobytes()) + 17] ^= 1
+    path.write_bytes(damaged)
+    rows = shard.read_row_group(path, 0)
+    with pytest.raises(shard.ShardError, match="here: the label map of row 2") as error:
+        shard.check_rows(rows, "here")
+    assert error.value.code == "SHARD_CORRUPT"
+    shard.check_rows(
+        shard.read_row_group(path, 0, ["pixels", "crc"]), "here"
+    )  # who reads no labels checks none
+
+
+def test_a_label_map_that_comes_or_goes_trips_its_crc() -> None:
+    """Only the rows that have a map have its CRC."""
+    (_, without), (_, drawn) = run(0, 2), run(1, 2, masks=True)
+    at = drawn.schema.get_field_index("mask")
+    mixed = pa.concat_tables([without, drawn]).combine_chunks()
+    assert mixed["mask_crc"].null_count == 2
+    shard.check_rows(mixed, "here")
+    for changed in (
+        drawn.set_column(at, drawn.schema.field("mask"), without["mask"]),
+        without.set_column(at, drawn.schema.field("mask"), drawn["mask"]),
+    ):
+        with pytest.raises(shard.ShardError, match="label map of row 0"):
+            shard.check_rows(changed, "here")
+
+
 @pytest.mark.parametrize("keep", [0, 3, 100, -1, -9])
 def test_cut_files_are_refused(tmp_path: Path, keep: int) -> None:
     path = tmp_path / "a.parquet"
@@ -213,9 +246,9 @@ def test_p9_only_our_columns_are_read(tmp_path: Path, column: pa.Array) -> None:
     [
         (b"{", "cannot be read"),
         (b"[]", "cannot be read"),
-        (b'{"schema_version": 1, "dtype": "uint8"}', "cannot be read"),
-        (b'{"schema_version": 2}', "upgrade Cranium"),
-        (b'{"schema_version": 0}', "ingest again"),
+        (b'{"schema_version": 2, "dtype": "uint8"}', "cannot be read"),
+        (b'{"schema_version": 3}', "upgrade Cranium"),
+        (b'{"schema_version": 1}', "ingest again"),
     ],
 )
 def test_p4_a_schema_of_another_version_is_refused(tmp_path: Path, meta: bytes, says: str) -> None:

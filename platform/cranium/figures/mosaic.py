@@ -16,6 +16,7 @@ from scipy import ndimage
 
 from cranium.volume import shard
 
+COLUMNS = ("slice", "pixels", "crc", "mask", "mask_crc")  # of a shard, that are read
 SIDE = 176  # pixels of a picture
 MARGIN = 0.06  # around the brain, of its size
 OUTLINE = (255, 176, 0)
@@ -66,7 +67,8 @@ def pictures(
         middle -= where[group][2]
         group += 1
     path, index, _ = where[group]
-    table = shard.read_row_group(path, index, ["slice", "num_slices", "pixels", "mask"])
+    table = shard.read_row_group(path, index, COLUMNS)
+    shard.check_rows(table, f"{path}, row group {index}")
     drawn = shard.masks(table)
     if drawn is not None and drawn.any():
         middle = int((drawn > 0).sum(axis=(1, 2, 3)).argmax())

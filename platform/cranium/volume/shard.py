@@ -26,14 +26,13 @@ Codec = Literal["none", "lz4", "zstd"]
 Where = Path | str  # a string with `://` is in an object store
 Shape = tuple[int, int, int, int]  # [C, S, H, W]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 DTYPES = ("uint8", "uint16")  # of a pixel; little-endian
 MAX_ROWS = 64  # of a row group
 METADATA = b"cranium"
 PLACE = "place"  # a file of a shard set's folder that says where its shards are, when they are elsewhere
 MEND = "restore it, or ingest again"
-META_COLUMNS = ("cohort", "subject", "session", "slice", "num_slices", "present", "crc")
-COLUMNS = ("cohort", "subject", "session", "slice", "num_slices", "present", "pixels", "mask", "crc")
+META_COLUMNS = ("cohort", "subject", "session", "slice", "num_slices", "present", "crc", "mask_crc")
 
 
 class ShardError(ValueError):
@@ -82,7 +81,9 @@ def schema(shape: Sequence[int], channels: Sequence[str], dtype: str = "uint8") 
             pa.field("present", pa.uint32(), nullable=False),
             pa.field("pixels", pa.binary(c * s * h * w * np.dtype(dtype).itemsize), nullable=False),
             pa.field("mask", pa.binary(s * h * w), nullable=True),
+            # Of `pixels` and of `mask`, apart: who reads no label maps can check the pixels.
             pa.field("crc", pa.uint32(), nullable=False),
+            pa.field("mask_crc", pa.uint32(), nullable=True),
         ],
         metadata={METADATA: json.dumps(meta, sort_keys=True).encode()},
     )
@@ -114,7 +115,6 @@ def encode(
     if masks is not None and masks.shape != (n, *pixels.shape[2:]):
         raise ValueError(f"masks {masks.shape} do not lie on the stacks {pixels.shape}")
     layout = schema(pixels.shape[1:], channels, pixels.dtype.name)
-    crcs = np.array([isal_zlib.crc32(row) for row in np.ascontiguousarray(pixels)], np.uint32)
     mask_type = layout.field("mask").type
     columns = [
         pa.array([cohort] * n, pa.string()),
@@ -125,9 +125,14 @@ def encode(
         pa.array([present] * n, pa.uint32()),
         _bytes(pixels, layout.field("pixels").type),
         pa.nulls(n, mask_type) if masks is None else _bytes(masks, mask_type),
-        pa.array(crcs, pa.uint32()),
+        pa.array(_crcs(pixels), pa.uint32()),
+        pa.nulls(n, pa.uint32()) if masks is None else pa.array(_crcs(masks), pa.uint32()),
     ]
     return pa.Table.from_arrays(columns, schema=layout)
+
+
+def _crcs(rows: NDArray[Any]) -> list[int | None]:
+    return [isal_zlib.crc32(row) for row in np.ascontiguousarray(rows)]
 
 
 def _bytes(rows: NDArray[Any], kind: pa.DataType) -> pa.Array:
@@ -287,7 +292,10 @@ def pixels(rows: pa.Table | pa.RecordBatch) -> NDArray[Any]:
 
 
 def masks(rows: pa.Table | pa.RecordBatch) -> NDArray[np.uint8] | None:
-    """Label maps `[n, S, H, W]`, or None when no row has one. Rows without one among others are zero."""
+    """Label maps `[n, S, H, W]`, or None when no row has one. Rows without one among others are zero.
+
+    Read `mask_crc` with them, for `check_rows`.
+    """
     column = rows.column("mask")
     if column.null_count == len(column):
         return None
@@ -319,8 +327,22 @@ def _view(
 
 
 def check_rows(rows: pa.Table | pa.RecordBatch, where: str) -> None:
-    """Compare every row's pixels with its CRC. Raises `ShardError(SHARD_CORRUPT)` naming the first bad row."""
-    expected = np.asarray(rows.column("crc"))
-    for index, row in enumerate(pixels(rows)):
-        if isal_zlib.crc32(row) != expected[index]:
-            raise ShardError("SHARD_CORRUPT", f"{where}: the pixels of row {index} do not match their CRC")
+    """Compare every row's pixels with their CRC and, where these rows have the column `mask`, its label map too.
+
+    Raises `ShardError(SHARD_CORRUPT)` naming the first bad row.
+    """
+    _compare(_crcs(pixels(rows)), rows.column("crc"), where, "the pixels")
+    if "mask" in rows.schema.names:
+        found: list[int | None] = [None] * rows.num_rows
+        if (labels := masks(rows)) is not None:
+            there = np.asarray(rows.column("mask").is_valid())
+            found = [crc if here else None for crc, here in zip(_crcs(labels), there, strict=True)]
+        _compare(found, rows.column("mask_crc"), where, "the label map")
+
+
+def _compare(found: list[int | None], expected: pa.Array | pa.ChunkedArray, where: str, what: str) -> None:
+    for index, (crc, stored) in enumerate(zip(found, expected.to_pylist(), strict=True)):
+        if crc != stored:
+            raise ShardError(
+                "SHARD_CORRUPT", f"{where}: {what} of row {index} changed (its CRC differs); {MEND}"
+            )
