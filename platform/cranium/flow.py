@@ -174,7 +174,9 @@ def pretrain(study: Study, sets: Mapping[str, Artefact] | None = None) -> dict[s
         if made.done:
             results[init] = made
             for alarm in made.manifest()["alarms"]:
-                study.note(f"{name}: {alarm['code']} from step {alarm['step']}: {alarm['text']}")
+                study.note(
+                    f"{name}: {alarm['code']} from step {alarm['step']}: {alarm['seen']}; {alarm['mend']}"
+                )
             recording.pretrained(study, init, made, fresh)
     return results
 

@@ -7,6 +7,7 @@ aside while the steps go on. When asked to stop it makes one more and leaves.
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import shutil
 import tempfile
@@ -20,7 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from cranium import checkpoint, corpora, monitor, stream, track
+from cranium import checkpoint, corpora, monitor, store, stream, track
 from cranium.config import Crops, Experiment, Loss, Optimiser, Pretrain, UserError, fingerprint
 from cranium.dinov2 import health, schedules
 from cranium.dinov2.crops import CropSpec
@@ -28,6 +29,7 @@ from cranium.dinov2.method import DINOv2, MethodSpec, Student, clip_gradients, p
 from cranium.store import Artefact
 
 JOURNAL = "journal"
+START = "start.json"  # where the first weights came from and how they fitted
 STOP = "stop"  # a file in the run's folder: make a checkpoint and leave
 
 
@@ -45,6 +47,8 @@ def train_worker(payload: dict[str, Any]) -> dict[str, Any]:
     device = ray.train.torch.get_device()
     corpus = corpora.corpus([Artefact(Path(folder)) for folder in payload["shard_sets"]], exp.stream)
     method, source = _build(spec, payload, corpus, device)
+    if rank == 0:
+        store.write_atomic(Path(payload["folder"]) / START, json.dumps(asdict(source)))
     optimiser = torch.optim.AdamW(
         parameter_groups(
             method.plain_student,
@@ -182,19 +186,25 @@ def _loop(
         schedules.apply(now, optimiser.param_groups)
         optimiser.zero_grad(set_to_none=True)
         terms = _backward(spec, method, batch, now.teacher_temperature, run)
-        norm = clip_gradients(method.plain_student, spec.optimiser.clip)
+        norms = clip_gradients(method.plain_student, spec.optimiser.clip)
         optimiser.step()
         method.update_teacher(now.momentum)
         done = batch.step + 1
         if run.journal and (done % spec.compute.log_every == 0 or done == spec.steps or batch.step == 0):
             seconds = time.perf_counter() - clock
             values = {f"train/{n}": float(v) for n, v in terms.items() if n not in ("total", "teacher_cls")}
-            values |= {"train/lr": now.lr, "train/momentum": now.momentum, "train/grad_norm": float(norm)}
+            values |= {
+                "train/lr": now.lr,
+                "train/weight_decay": now.weight_decay,
+                "train/momentum": now.momentum,
+            }
+            values |= {"train/teacher_temperature": now.teacher_temperature}
+            values |= {f"train/grad_norm_{module}": float(norm) for module, norm in norms.items()}
             values |= {"train/effective_rank": health.effective_rank(terms["teacher_cls"])}
             values |= {"sys/data_wait_seconds": waited, "sys/data_wait_share": waited / seconds}
             values |= {"sys/stacks_per_second": spec.batch_size / seconds}
             run.journal.metrics(batch.step, values)
-        _require_finite(terms["loss"], norm, batch, done, spec)
+        _require_finite(terms["loss"], norms["backbone"], batch, done, spec)
         asked = _asked(run, done, spec)
         leaving, preempted = asked == "leave", asked == "save" and not warned
         warned = warned or preempted

@@ -13,7 +13,7 @@ HEALTHY = {
     "train/target_entropy": 3.0,
     "train/feature_std": 0.08,
     "train/effective_rank": 20.0,
-    "train/grad_norm": 1.0,
+    "train/grad_norm_backbone": 1.0,
     "sys/data_wait_share": 0.01,
 }
 
@@ -44,7 +44,7 @@ def test_a_healthy_run_has_no_alarm() -> None:
         ("FEATURES", {"train/feature_std": 0.01}, 49),
         ("RANK", {"train/effective_rank": 1.2}, 49),
         ("STARVED", {"sys/data_wait_share": 0.3}, 49),
-        ("SPIKE", {"train/grad_norm": 11.0}, 40),
+        ("SPIKE", {"train/grad_norm_backbone": 11.0}, 40),
     ],
 )
 def test_each_alarm(code: str, change: dict[str, float], step: int) -> None:
@@ -54,3 +54,13 @@ def test_each_alarm(code: str, change: dict[str, float], step: int) -> None:
 def test_one_odd_batch_and_uniform_targets_at_the_start_are_no_alarm() -> None:
     assert found({"train/feature_std": 0.0}, begin=50, length=9) == []
     assert found({"train/target_entropy": math.log(64)}, begin=0, length=25) == []
+
+
+def test_an_alarm_says_when_it_was_last_seen_and_how_far_a_spike_went() -> None:
+    (flat,) = found({"train/feature_std": 0.0}, begin=20, length=30)
+    assert (flat.step, flat.last) == (29, 49)
+    entries = [
+        (s, HEALTHY | {"train/grad_norm_backbone": {50: 15.0, 70: 40.0}.get(s, 1.0)}) for s in range(100)
+    ]
+    (spike,) = health.alarms(entries, steps=100, prototypes=64, dim=64)
+    assert (spike.step, spike.last) == (50, 70) and "40 times" in spike.seen

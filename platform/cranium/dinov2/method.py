@@ -261,14 +261,17 @@ class DINOv2:
             centre.centre = state[f"centre.{name}"].to(centre.centre.device, copy=True)
 
 
-def clip_gradients(student: Student, limit: float) -> Tensor:
+def clip_gradients(student: Student, limit: float) -> dict[str, Tensor]:
     """Scale down the gradients of each module (backbone, DINO head, iBOT head) to a norm of `limit` at most.
 
-    Apart, as in the official code: a head's burst leaves the backbone's step alone. Returns the backbone's norm before.
+    Apart, as in the official code: a head's burst leaves the backbone's step alone. Returns the norms before.
     """
-    modules = [student.backbone, student.dino_head, *([student.ibot_head] if student.ibot_head else [])]
-    norms = [nn.utils.clip_grad_norm_(module.parameters(), limit) for module in modules]
-    return norms[0]
+    modules = {"backbone": student.backbone, "dino_head": student.dino_head, "ibot_head": student.ibot_head}
+    return {
+        name: nn.utils.clip_grad_norm_(module.parameters(), limit)
+        for name, module in modules.items()
+        if module
+    }
 
 
 def parameter_groups(
