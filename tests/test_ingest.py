@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gzip
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -135,6 +136,70 @@ def test_a_rejected_label_map_leaves_its_scans_without_labels(tree: Path) -> Non
     assert done.manifest()["rejections"] == {"MASK_VALUES": 1, "MASK_GRID": 1}
     assert shard.masks(rows(done, "001")) is None and shard.masks(rows(done, "002")) is not None
     assert sessions(done)["001"]["label_ml"] is None
+
+
+@pytest.mark.parametrize("phi", ["note", "reject"])
+def test_i25_masks_and_label_maps_are_looked_at_too(tree: Path, phi: str) -> None:
+    """A name in the sidecar of a brain mask and in the header of a label map: noted where they serve, or refused."""
+    mask = tree / "derivatives/masks/sub-001/anat/sub-001_T1w_mask.nii.gz"
+    mask.with_name("sub-001_T1w_mask.json").write_text(json.dumps({"PatientName": "DOE^JANE"}))
+    path = tree / "labels/sub-002_dseg.nii.gz"
+    image = nib.load(path)
+    image.header["descrip"] = b"DOE^JANE"
+    content = nib.Nifti1Image(np.asanyarray(image.dataobj), image.affine, image.header).to_bytes()
+    path.write_bytes(gzip.compress(content, 1))
+    done = made(tree, SPEC.model_copy(update={"phi": phi}))
+    counts = done.manifest()["counts"]
+    maps = [counts[f"label_maps_{outcome}"] for outcome in ("accepted", "warned", "rejected", "unused")]
+    warnings = {subject: json.loads(row["warnings"]) for subject, row in sessions(done).items()}
+    if phi == "reject":
+        assert quarantine(done) == [
+            ("001", "T1w", "PHI_SUSPECT"),
+            ("002", "segmentation", "PHI_SUSPECT"),
+        ]
+        assert (counts["accepted"], counts["warned"], counts["rejected"]) == (8, 0, 1)
+        assert maps == [2, 0, 1, 0] and not any(warnings.values())
+        assert shard.masks(rows(done, "002")) is None
+        reasons = [row["reason"] for row in pq.read_table(done.path / "quarantine.parquet").to_pylist()]
+        assert reasons[0].startswith("its brain mask") and reasons[1] == "descrip may hold name"
+    else:
+        assert quarantine(done) == []
+        assert (counts["accepted"], counts["warned"], counts["rejected"]) == (8, 1, 0)
+        assert maps == [2, 1, 0, 0] and warnings["003"] == []
+        (of_mask,), (of_map,) = warnings["001"], warnings["002"]
+        assert (of_mask["contrast"], of_mask["code"]) == ("T1w", "PHI_SUSPECT")
+        assert of_mask["reason"].startswith("its brain mask: sidecar PatientName may hold name")
+        assert (of_map["contrast"], of_map["code"]) == ("segmentation", "PHI_SUSPECT")
+        assert shard.masks(rows(done, "002")) is not None
+
+
+def test_what_reading_a_label_map_tells_stands_with_it(tree: Path) -> None:
+    path = tree / "labels/sub-003_dseg.nii.gz"
+    path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes()) + b"more", 1))
+    done = made(tree)
+    counts = done.manifest()["counts"]
+    assert (counts["label_maps_accepted"], counts["label_maps_warned"]) == (2, 1)
+    (note,) = json.loads(sessions(done)["003"]["warnings"])
+    assert (note["contrast"], note["code"]) == ("segmentation", "EXTRA_BYTES")
+    assert counts["warned"] == 0  # a label map is no scan
+
+
+def test_a_label_map_on_a_rejected_scan_says_so(tree: Path) -> None:
+    """Drawn on a FLAIR of its own grid, 60 mm away from the others: neither it nor its labels can be placed."""
+    shape = (24, 30, 20)
+    grid = phantoms.affine((7, 7, 7), shape)
+    grid[1, 3] += 60
+    tissues = phantoms.tissues(phantoms.head(0), shape, phantoms.affine((7, 7, 7), shape))
+    phantoms.write(
+        tree / "sub-001/anat/sub-001_FLAIR.nii.gz", phantoms.intensities(tissues, "FLAIR", 0), grid
+    )
+    brain = tree / "derivatives/masks/sub-001/anat/sub-001_FLAIR_mask.nii.gz"
+    phantoms.write(brain, (tissues >= 2).astype(np.uint8), grid)
+    phantoms.write(tree / "labels/sub-001_dseg.nii.gz", np.where(tissues == 1, 0, tissues), grid)
+    done = made(tree)
+    found = {row["contrast"]: row for row in pq.read_table(done.path / "quarantine.parquet").to_pylist()}
+    assert (found["FLAIR"]["code"], found["segmentation"]["code"]) == ("MODALITY_GRID", "MASK_GRID")
+    assert found["segmentation"]["reason"] == "drawn on the FLAIR, which was rejected; mend that scan first"
 
 
 def test_a_session_without_scans_leaves_its_label_map_unused(tree: Path) -> None:

@@ -21,6 +21,7 @@ import phantoms
 from cranium import cohort, identity, patterns
 from cranium.config import UserError
 from cranium.volume import nifti, privacy
+from cranium.volume.quality import Rejected
 
 # ---- the linter ----------------------------------------------------------------------------------------------------
 
@@ -125,8 +126,10 @@ def test_a_scan_is_used_and_its_words_are_not(tmp_path: Path) -> None:  # I25
     ):
         assert said.replace("a name", "name") in note.reason
     assert not [w for w in ("DOE", "JANE", "1950", "7654321", "jane", "clinic") if w in repr(volume.notes)]
-    refused = nifti.refuse_suspects({"T1w": volume})
-    assert refused["T1w"].code == "PHI_SUSPECT" and "the scan is used" not in refused["T1w"].reason
+    with pytest.raises(Rejected) as error:
+        nifti.read(tmp_path / "a.nii", phi="reject")
+    assert error.value.code == "PHI_SUSPECT" and "is used" not in error.value.reason
+    assert nifti.read(tmp_path / "a.nii", phi="ignore").notes == ()
 
 
 def test_words_in_a_name_alone(tmp_path: Path) -> None:  # I25

@@ -53,11 +53,8 @@ def session(row: dict[str, Any], job: Job) -> dict[str, Any]:
     changed = series.changed(job.root, session["sizes"])
     late = {c: changed[p] for c, scan in wanted.items() for p in (scan.path, scan.mask) if p in changed}
     here = {channel: scan for channel, scan in wanted.items() if channel not in late}
-    volumes, scans, rejected = normalise.read_scans(job.root, here, ways, spec.orientation)
+    volumes, scans, rejected = normalise.read_scans(job.root, here, ways, spec.orientation, spec.phi)
     rejected |= late
-    if spec.phi == "reject":
-        rejected |= (refused := nifti.refuse_suspects(volumes))
-        scans = {channel: scan for channel, scan in scans.items() if channel not in refused}
     record: dict[str, Any] = {"index": index, "scans": len(wanted), "warned": 0, "row_groups": []}
     record |= {"label_map": "unused" if session["segmentation"] else None, "label_map_rejected": None}
     who = [job.cohort, session["subject"], session["session"]]
@@ -81,14 +78,15 @@ def session(row: dict[str, Any], job: Job) -> dict[str, Any]:
             rejected |= {channel: reason for channel in scans}
         else:
             rejected |= conformed.rejected
-            label_map = None
+            label_map: labels.LabelMap | None = None
             if path := session["segmentation"]:
-                late_map = changed.get(path)
-                label_map, why = (None, late_map) if late_map else _label_map(job, path, scans, conformed)
-                record["label_map"] = "rejected" if why else "accepted"
-                record["label_map_rejected"] = (
-                    [*who, "segmentation", path, why.code, why.reason] if why else None
-                )
+                found = changed.get(path) or _label_map(job, path, scans, conformed, rejected)
+                if isinstance(found, Rejected):
+                    told = [*who, "segmentation", path, found.code, found.reason]
+                    record |= {"label_map": "rejected", "label_map_rejected": told}
+                else:
+                    label_map = found
+                    record["label_map"] = "warned" if found.notes else "accepted"
             record |= _write_part(job, index, session, conformed, volumes, label_map)
     record["rejected"] = [
         [*who, *session["scans"][channel][:2], why.code, why.reason] for channel, why in rejected.items()
@@ -98,25 +96,21 @@ def session(row: dict[str, Any], job: Job) -> dict[str, Any]:
 
 
 def _label_map(
-    job: Job, path: str, scans: dict[str, normalise.Masked], conformed: normalise.Conformed
-) -> tuple[labels.LabelMap | None, Rejected | None]:
+    job: Job,
+    path: str,
+    scans: dict[str, normalise.Masked],
+    conformed: normalise.Conformed,
+    rejected: dict[str, Rejected],
+) -> labels.LabelMap | Rejected:
     """The label map of a session on its grid, or why there is none: then its scans serve without labels."""
+    spec, at = job.spec, (conformed.transforms, conformed.grid, conformed.brain, conformed.slices)
     try:
-        found = nifti.read(job.root / path, root=job.root, orientation=job.spec.orientation, labels=True)
-        return (
-            labels.place(
-                found,
-                list(job.classes.values()),
-                scans,
-                conformed.transforms,
-                conformed.grid,
-                conformed.brain,
-                conformed.slices,
-            ),
-            None,
+        found = nifti.read(
+            job.root / path, root=job.root, orientation=spec.orientation, labels=True, phi=spec.phi
         )
+        return labels.place(found, list(job.classes.values()), scans, *at, rejected)
     except Rejected as reason:
-        return None, reason
+        return reason
 
 
 def _write_part(

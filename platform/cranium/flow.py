@@ -109,7 +109,8 @@ def _count(study: Study, cohort: str, made: Artefact) -> None:
         )
     if counts.get("label_maps_rejected"):
         study.rejected = True
-        lost, kept = counts["label_maps_rejected"], counts["label_maps_accepted"]
+        lost = counts["label_maps_rejected"]
+        kept = counts["label_maps_accepted"] + counts["label_maps_warned"]
         study.note(
             f"{cohort}: {lost} of {lost + kept} label maps rejected, their scans kept; see quarantine.parquet"
         )

@@ -301,6 +301,6 @@ def without_copies(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]
             "warned": 0,
             "rejected": [*record["rejected"], *rejected],
         }
-        if record.get("label_map") == "accepted":
+        if record.get("label_map") in ("accepted", "warned"):
             kept[i]["label_map"] = "unused"
     return [kept[i] for i in range(len(records))]

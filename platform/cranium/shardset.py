@@ -48,6 +48,7 @@ RECORD = {  # columns of sessions.parquet beside those of the card; a string hol
     "fingerprint": pa.binary(),  # that tells the same head in another collection (volume/fingerprint.py)
 }
 QUARANTINE = ("cohort", "subject", "session", "contrast", "path", "code", "reason")
+LABEL_MAPS = ("accepted", "warned", "rejected", "unused")  # unused: no scan of the session was accepted
 TABLES = ("sessions.parquet", "quarantine.parquet", "records.parquet")
 
 
@@ -169,10 +170,10 @@ def counts_of(done: Sequence[Done], refused: int, shards: list[dict[str, Any]]) 
         "subjects": len({one.subject for one in made}),
         "stacks": sum(entry["rows"] for entry in shards),
     }
+    # Counted apart, so that scans add up.
     maps = Counter(one.record["label_map"] for one in done)
-    # Counted apart, so that scans add up; unused: no scan of the session was accepted.
     if maps.keys() - {None}:
-        counts |= {f"label_maps_{outcome}": maps[outcome] for outcome in ("accepted", "rejected", "unused")}
+        counts |= {f"label_maps_{outcome}": maps[outcome] for outcome in LABEL_MAPS}
     return counts
 
 

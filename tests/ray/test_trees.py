@@ -38,7 +38,8 @@ def test_a_tree_becomes_shards(ray_cluster: Any, name: str, tmp_path: Path) -> N
     assert counts["sessions"] == len(found) and counts["subjects"] == len({subject for subject, _ in found})
     assert counts["accepted"] + counts["warned"] == sum(len(f.contrasts) for f in found.values())
     assert counts["rejected"] == len(refused)
-    assert counts.get("label_maps_accepted", 0) == sum(f.segmentation is not None for f in found.values())
+    maps = sum(counts.get(f"label_maps_{outcome}", 0) for outcome in ("accepted", "warned"))
+    assert maps == sum(f.segmentation is not None for f in found.values())
     table = pq.read_table(made.path / "sessions.parquet").to_pylist()
     rows = {(row["subject"], row["session"]): row for row in table}
     assert rows.keys() == found.keys()

@@ -186,6 +186,18 @@ def test_a_map_on_a_grid_of_its_own_is_noted() -> None:
     assert dice(found.classes == 1, truth(done.grid) == 1) > 0.93
 
 
+def test_a_map_that_lies_elsewhere_may_be_drawn_on_what_was_rejected() -> None:
+    scan, label_map = head((4, 4, 4))
+    done = normalise.conform({"T1w": scan}, ("T1w",), **SPEC)  # type: ignore[arg-type]
+    at = (done.transforms, done.grid, done.brain, done.slices)
+    shifted = Volume(label_map.data, label_map.affine.copy(), (), "")
+    shifted.affine[0, 3] += 9
+    with pytest.raises(Rejected, match=r"correct its header$"):
+        labels.place(shifted, VALUES, {"T1w": scan}, *at)
+    with pytest.raises(Rejected, match="unless it was drawn on the FLAIR, which was rejected"):
+        labels.place(shifted, VALUES, {"T1w": scan}, *at, ("FLAIR",))
+
+
 def test_what_lies_beyond_the_slices_kept_is_noted() -> None:
     found, _ = placed(*head((4, 4, 4)), slices=slices.Kept("range", 10, 5))
     assert [note.code for note in found.notes] == ["LABELS_CUT"]

@@ -110,7 +110,7 @@ def convert(path: Path, root: Path, max_bytes: int = nifti.MAX_BYTES) -> Volume:
         affine, shape = lattice(files.planes)
         _run(source, target, max_bytes)
         made, sidecar = _made(target, echo)
-        volume = _agreed(nifti.read(made, max_bytes=max_bytes, words=False), affine, shape)
+        volume = _agreed(nifti.read(made, max_bytes=max_bytes, phi="ignore"), affine, shape)
     ignored = (Note("FILES_IGNORED", f"{files.ignored} files"),) if files.ignored else ()
     return replace(volume, sha256=files.sha256, notes=volume.notes + ignored, acquisition=reviewed(sidecar))
 

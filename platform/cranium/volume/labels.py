@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,30 +35,29 @@ def place(
     grid: Grid,
     brain: NDArray[np.bool_],
     slices: range,
+    rejected: Collection[str] = (),
 ) -> LabelMap:
     """A label map on the grid of its session's stacks, by the nearest voxel.
 
     `values`: the raw values of each class. `scans` as read, by channel, and their `transforms`: a map on the voxels of
     one of them moves with it. One on other voxels is taken where the session's reference lies, if its labels lie in
-    the brain. Raises `Rejected`: MASK_VALUES, MASK_GRID.
+    the brain. `rejected`: the session's scans that are not used, whether they could be read or not. The notes are those
+    of reading it and of placing it. Raises `Rejected`: MASK_VALUES, MASK_GRID.
     """
     data, affine = to_ras(_classes(found, values), found.affine)
-    owner = next(
-        (c for c in transforms if same_grid(data.shape, affine, scans[c].data.shape, scans[c].affine)), None
-    )
-    if owner is None and (twin := next((c for c in scans if scans[c].data.shape == data.shape), None)):
-        raise Rejected("MASK_GRID", f"has as many voxels as {twin} but lies elsewhere; correct its header")
+    owner = _owner(data, affine, scans, transforms, rejected)
     moved = (transforms[owner] if owner else next(iter(transforms.values()))) @ affine
     placed: NDArray[np.uint8] = onto_grid(data, moved, grid, labels=True)
-    notes = []
+    notes = list(found.notes)
     if owner is None:
         back = nearest(brain.view(np.uint8).transpose(2, 1, 0), grid.affine_xyz, data.shape, moved)
         share = int(np.count_nonzero(back[data > 0])) / max(1, int(np.count_nonzero(data)))
         if share < MIN_IN_BRAIN:
             raise Rejected(
-                "MASK_GRID", f"on the grid of no scan, and {1 - share:.0%} of it is outside the brain"
+                "MASK_GRID",
+                f"on the grid of no scan that is used, and {1 - share:.0%} of it is outside the brain",
             )
-        notes.append(Note("LABELS_GRID", "on the grid of no scan; placed by its header"))
+        notes.append(Note("LABELS_GRID", "on the grid of no scan that is used; placed by its header"))
     pixel = abs(float(np.linalg.det(grid.affine[:3, :3]))) / 1000
     kept = placed[slices.start : slices.stop : slices.step]
     ml = [
@@ -69,6 +68,27 @@ def place(
     if whole - shown > MAX_CUT * whole + pixel:
         notes.append(Note("LABELS_CUT", f"{whole - shown:.1f} of {whole:.1f} ml lie outside the slices kept"))
     return LabelMap(placed, tuple(ml), tuple(notes))
+
+
+def _owner(
+    data: NDArray[np.uint8],
+    affine: Affine,
+    scans: Mapping[str, Masked],
+    transforms: Mapping[str, Affine],
+    rejected: Collection[str],
+) -> str | None:
+    """The scan on whose voxels a map lies, of those that are used."""
+    on = [c for c in scans if same_grid(data.shape, affine, scans[c].data.shape, scans[c].affine)]
+    if used := [c for c in on if c in transforms]:
+        return used[0]
+    if on:
+        raise Rejected("MASK_GRID", f"drawn on the {on[0]}, which was rejected; mend that scan first")
+    if twin := next((c for c in transforms if scans[c].data.shape == data.shape), None):
+        reason = f"has as many voxels as {twin} but lies elsewhere; correct its header"
+        if rejected:
+            reason += f", unless it was drawn on the {' or '.join(rejected)}, which was rejected"
+        raise Rejected("MASK_GRID", reason)
+    return None
 
 
 def _classes(found: Volume, values: Sequence[Sequence[int]]) -> NDArray[np.uint8]:

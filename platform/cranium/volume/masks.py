@@ -7,7 +7,7 @@ threshold. Every mask that was not supplied is noted as such.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -102,13 +102,15 @@ class Chain:
     paths: Mapping[str, str]
     read: Callable[[str], Volume]
     _made: dict[str, tuple[NDArray[np.bool_], Affine] | Rejected] = field(default_factory=dict)
+    _told: dict[str, tuple[Note, ...]] = field(default_factory=dict)  # by reading a supplied mask
 
     def join(self, channel: str, notes: tuple[Note, ...]) -> Masked:
         """The scan of a channel with the first mask that can be had. Raises the first way's `Rejected`."""
         reasons: list[Rejected] = []
         for way, segment in self.ways.items():
             try:
-                return self._try(way, segment, channel, notes)
+                lost = tuple(Note("MASK_UNUSED", str(r)) for r in reasons if r.code != "MASK_MISSING")
+                return self._try(way, segment, channel, notes + lost)
             except Rejected as reason:
                 reasons.append(reason)
         raise reasons[0]
@@ -127,7 +129,9 @@ class Chain:
             raise Rejected("MASK_MISSING", "no mask where the card says; or add to ingest.mask, e.g. otsu")
         if path != self.paths.get(channel):
             notes += (Note("MASK_SHARED", path),)
-        return _joined(volume, self._once(path, lambda: self._supplied(path)), notes, "supplied")
+        mask = self._once(path, lambda: self._supplied(path))
+        told = tuple(replace(note, reason=f"its brain mask: {note.reason}") for note in self._told[path])
+        return _joined(volume, mask, notes + told, "supplied")
 
     def _once(
         self, key: str, make: Callable[[], tuple[NDArray[np.bool_], Affine]]
@@ -145,7 +149,9 @@ class Chain:
 
     def _supplied(self, path: str) -> tuple[NDArray[np.bool_], Affine]:
         try:
-            return _brain(self.read(path))
+            found = self.read(path)
+            self._told[path] = found.notes
+            return _brain(found)
         except Rejected as reason:
             raise Rejected(reason.code, f"its brain mask {path}: {reason.reason}") from reason
 

@@ -15,7 +15,7 @@ import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import nibabel as nib
 import numpy as np
@@ -27,6 +27,8 @@ from cranium.volume import privacy
 from cranium.volume.header import Header
 from cranium.volume.header import Orientation as Orientation
 from cranium.volume.quality import Note, Rejected
+
+Phi = Literal["note", "reject", "ignore"]
 
 MAX_BYTES = 2 << 30  # of a file, of its voxels as stored, and of its voxels as float32
 SLACK_BYTES = 1 << 20  # what a file may hold after its last voxel
@@ -57,15 +59,15 @@ def read(
     max_bytes: int = MAX_BYTES,
     orientation: Orientation = "agree",
     labels: bool = False,
-    words: bool = True,
+    phi: Phi = "note",
 ) -> Volume:
     """Read and verify a `.nii` or `.nii.gz` file. Raises `Rejected`.
 
     `root`: a link that leads out of this folder is refused. `max_bytes` bounds the file and its voxels. `orientation`:
     with "agree", qform and sform must agree within a voxel and one must be set; "sform" or "qform" settles a
     disagreement, "assume_ras" also accepts a header without either. `labels`: a label map, which may be the same
-    everywhere (nothing is labelled). `words`: text around the scan that may identify a person is noted (of a DICOM
-    series it always does, and the note would say nothing).
+    everywhere (nothing is labelled). `phi`: what becomes of a file with text around it that may identify a person (of a
+    DICOM series it always does, and a note would say nothing).
     """
     content = _read_file(path, root, max_bytes)
     digest = hashlib.sha256(content).hexdigest()
@@ -74,20 +76,13 @@ def read(
     end = header.offset + header.nbytes
     if len(body) > end and any(body[end:]):
         notes.append(Note("EXTRA_BYTES", f"{len(body) - end} bytes after the last voxel"))
-    if words and (suspects := privacy.told(_suspects(path, root, header, body))):
-        notes.append(Note("PHI_SUSPECT", f"{suspects}; the scan is used, the text is not"))
+    if phi != "ignore" and (suspects := privacy.told(_suspects(path, root, header, body))):
+        if phi == "reject":
+            raise Rejected("PHI_SUSPECT", suspects)
+        notes.append(Note("PHI_SUSPECT", f"{suspects}; the file is used, the text is not"))
     stored = np.frombuffer(body, header.dtype, header.voxels, header.offset)
     data = _scaled(stored, header, notes, labels).reshape(header.dims, order="F")
     return Volume(data, header.affine, tuple(notes), digest)
-
-
-def refuse_suspects(volumes: Mapping[str, Volume]) -> dict[str, Rejected]:
-    """The scans, by their names here, with text that may identify a person, as rejections."""
-    found = {name: note for name, v in volumes.items() for note in v.notes if note.code == "PHI_SUSPECT"}
-    return {
-        name: Rejected("PHI_SUSPECT", note.reason.partition("; the scan is used")[0])
-        for name, note in found.items()
-    }
 
 
 def to_ras(data: NDArray[Any], affine: NDArray[np.float64]) -> tuple[NDArray[Any], NDArray[np.float64]]:

@@ -17,7 +17,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from cranium.volume import bias, dicom, masks, register
 from cranium.volume.masks import Affine, Masked, Segment, masked, otsu_mask, same_grid
-from cranium.volume.nifti import Orientation, Volume, read
+from cranium.volume.nifti import Orientation, Phi, Volume, read
 from cranium.volume.quality import Note, Rejected
 from cranium.volume.slices import BRAIN, Grid, Kept, bounding_box, kept, onto_grid, session_grid
 
@@ -65,13 +65,16 @@ def read_scans(
     wanted: Mapping[str, Wanted],
     ways: Mapping[str, Segment | None],
     orientation: Orientation = "agree",
+    phi: Phi = "note",
 ) -> tuple[dict[str, Volume], dict[str, Masked], dict[str, Rejected]]:
     """Read the scans of a session and their masks: by channel as stored, with their masks, and what was rejected.
 
     `ways` to a mask are tried in order (`masks.Chain`). A scan without a supplied mask of its own takes that of another
-    contrast of the session, and says so.
+    contrast of the session, and says so. `phi` holds for scans and masks.
     """
-    once = functools.cache(lambda path: _read(root, path, orientation))  # one mask may serve several scans
+    once = functools.cache(
+        lambda path: _read(root, path, orientation, phi)
+    )  # one mask may serve several scans
     volumes: dict[str, Volume] = {}
     scans: dict[str, Masked] = {}
     rejected: dict[str, Rejected] = {}
@@ -91,10 +94,10 @@ def read_scans(
     return {channel: volumes[channel] for channel in scans}, scans, rejected
 
 
-def _read(root: Path, path: str, orientation: Orientation) -> Volume:
+def _read(root: Path, path: str, orientation: Orientation, phi: Phi) -> Volume:
     if dicom.is_series(root / path):
         return dicom.convert(root / path, root)
-    return read(root / path, root=root, orientation=orientation)
+    return read(root / path, root=root, orientation=orientation, phi=phi)
 
 
 # ---- intensities ----------------------------------------------------------------------------------------------------

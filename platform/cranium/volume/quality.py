@@ -71,6 +71,7 @@ NOTES: Mapping[str, str] = {
     "QS_CHOSEN": "qform and sform disagree; one was chosen as asked",
     "MASK_FALLBACK": "brain mask by a classical fallback, not supplied",
     "MASK_SHARED": "the mask of another contrast of the session was used",
+    "MASK_UNUSED": "a brain mask could not be used, and the next way to one was taken",
     "MASK_MODEL": "brain mask by a model or a program, not supplied",
     "MASK_ODD": "the brain mask is too small or large, is cut off, or disagrees with another contrast's",
     "MOVED": "moved by more than a centimetre to fit the session's reference contrast",
