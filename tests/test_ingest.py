@@ -15,9 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 
 import phantoms
-from cranium import ingest, trust
+from cranium import demo_sources, ingest, trust
 from cranium.cards import Card
-from cranium.config import Ingest, Machine
+from cranium.config import Ingest, Machine, UserError
 from cranium.store import Artefact
 from cranium.volume import shard
 
@@ -317,6 +317,31 @@ def test_a_moved_contrast_is_brought_back_and_its_way_recorded(tree: Path) -> No
     np.testing.assert_allclose(matrix @ moved(np.empty(0), np.eye(4))[1], np.eye(4), atol=1.5)
     assert [n["code"] for n in json.loads(first["warnings"])] == ["MOVED"]
     np.testing.assert_array_equal(json.loads(first["transforms"])["T1w"], np.eye(4))
+
+
+# ---- refused before it begins ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shards", [False, True])
+@pytest.mark.parametrize(
+    ("settings", "code"),
+    [
+        ({"mask": ("command",), "mask_tool": "x 1"}, "NO_COMMAND"),
+        ({"mask": ("deepbet",), "space": "mni", "template_sha256": "0" * 64}, "TEMPLATE"),
+    ],
+)
+def test_what_is_refused_leaves_nothing(
+    tree: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], code: str, shards: bool
+) -> None:
+    """No mask program is given; or the networks can be had, and then the template is another file."""
+    file = tree / "participants.tsv"
+    monkeypatch.setattr(demo_sources, "fetch", lambda members, cache: (dict.fromkeys(members, file), {}, 0))
+    elsewhere = str(tree.parent / "elsewhere") if shards else None
+    machine = Machine(store=tree.parent / "store", template=file, shards=elsewhere)
+    with pytest.raises(UserError) as error:
+        ingest.ingest(card(), tree, SPEC.model_copy(update=settings), machine)
+    assert error.value.code == code
+    assert not (machine.store / "ingest").exists() and not (tree.parent / "elsewhere").exists()
 
 
 # ---- other settings -------------------------------------------------------------------------------------------------

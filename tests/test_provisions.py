@@ -38,6 +38,13 @@ def test_a_template_comes_under_its_hash(tmp_path: Path, machine: Machine) -> No
             Preprocessing(space="mni", template_sha256="0" * 64), ("supplied",), machine, tmp_path / "in"
         )
     assert error.value.code == "TEMPLATE"
+    path.write_bytes(b"<html>")
+    spec = Preprocessing(space="mni", template_sha256=store.sha256(path))
+    with pytest.raises(
+        UserError, match=r"template.nii.gz cannot be used \(NOT_NIFTI.*give a stripped"
+    ) as error:
+        provisions.provide(spec, spec.mask, machine, tmp_path / "again")
+    assert error.value.code == "TEMPLATE" and not (tmp_path / "again").exists()
 
 
 def test_weights_of_another_hash_are_refused_before_any_scan(tmp_path: Path, machine: Machine) -> None:

@@ -51,9 +51,9 @@ def ingest(
             if target.done:
                 shardset.tidy(target, base)  # the last one was killed between its manifest and its end
             else:
-                _begin(target, base)
                 ways = _mask_ways(card, spec, table)
                 needs = provisions.provide(spec, ways, machine, target.path / "work" / "provisions")
+                _begin(target, base)
                 tell = progress or (lambda done, total, text: None)
                 _make(card, spec, table, target, base, machine, needs, tell)
     except UserError:

