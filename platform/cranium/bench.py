@@ -1,7 +1,7 @@
 """How Cranium measures itself: cases run in rounds, CPU seconds of every process, ratios within one run.
 
-A case is worked once to warm up and then once a round, all cases in turn, so that a change of the machine's load meets
-them alike. Medians are kept. `bench_stream` and `bench_ingest` say what is measured and what is asked of it.
+All cases are worked in turn, round by round, each warmed up before it is measured, so that neither a change of the
+machine's load nor the case before favours one. Medians are kept. `bench_stream` and `bench_ingest` say what is measured and what is asked of it.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Case:
     work: Work
     unit: str = "stacks"
     rounds: int | None = None
-    warm: bool = True  # once unmeasured first
+    warm: bool = True  # once unmeasured before each measurement
 
 
 @dataclass
@@ -64,7 +64,7 @@ class Measured:
     wall: list[float] = field(default_factory=list)  # seconds
     cpu: list[float] = field(default_factory=list)  # seconds, this process and all below it
     facts: list[Mapping[str, float]] = field(default_factory=list)
-    cold: float | None = None  # seconds of the warm-up
+    cold: float | None = None  # seconds of the very first time
 
     @property
     def per_second(self) -> float:
@@ -150,17 +150,19 @@ class Result:
 def measure(
     cases: Sequence[Case], rounds: int, say: Callable[[str], None] = lambda text: None
 ) -> list[Measured]:
-    """Work every case once to warm up, then in `rounds` rounds, in turn."""
+    """Work every case in `rounds` rounds, in turn; each time once unmeasured before it is measured.
+
+    Else a case pays for what the one before it did: a DataLoader's fork makes every page of this process copy-on-write.
+    """
     found = [Measured(case.name, case.items, case.unit) for case in cases]
-    for case, kept in zip(cases, found, strict=True):
-        if case.warm:
-            wall = time.perf_counter()
-            case.work()
-            kept.cold = time.perf_counter() - wall
     for number in range(max(case.rounds or rounds for case in cases)):
         for case, kept in zip(cases, found, strict=True):
             if number >= (case.rounds or rounds):
                 continue
+            if case.warm:
+                wall = time.perf_counter()
+                case.work()
+                kept.cold = kept.cold or time.perf_counter() - wall
             cpu, wall = tree_cpu(), time.perf_counter()
             facts = case.work()
             kept.wall.append(time.perf_counter() - wall)

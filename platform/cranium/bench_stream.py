@@ -47,13 +47,14 @@ def run(spec: Spec, say: Callable[[str], None]) -> bench.Result:
         mixed = stream.order(Mixing(lanes=LANES), BATCH, seed=0)
         in_order = stream.order(Mixing(lanes=LANES, window=1, max_rows_per_session=BATCH), BATCH, seed=0)
         steps = plan.steps(corpus.sessions, mixed, 0)
+        there = np.ones((512, 3 * spec.size**2), np.uint8), np.ones((512, 3 * spec.size**2), np.uint8)
         cases = [
             bench.Case("stream", steps * BATCH, lambda: _streamed(corpus, mixed)),
             bench.Case("stream, no shuffle", steps * BATCH, lambda: _streamed(corpus, in_order)),
             bench.Case("torch DataLoader, 2 workers", spec.rows, lambda: _loaded(memmap)),
             bench.Case("pyarrow scan", spec.rows, lambda: _scanned(made.path / "shards")),
             bench.Case("memmap gather", spec.rows, lambda: _gathered(memmap)),
-            bench.Case("memory copy", spec.rows, lambda: _copied(spec.rows, spec.size)),
+            bench.Case("memory copy", spec.rows, lambda: _copied(spec.rows, *there)),
             bench.Case(
                 "the paper's way", spec.slices, lambda: _papers(scans, spec.slices), rounds=1, warm=False
             ),
@@ -171,9 +172,8 @@ def _gathered(memmap: Path) -> None:
         torch.from_numpy(rows[np.sort(mixed[start : start + BATCH])])
 
 
-def _copied(rows: int, size: int) -> None:
+def _copied(rows: int, source: np.ndarray, target: np.ndarray) -> None:
     """From and to memory that is there and larger than the caches."""
-    source, target = (np.ones((512, 3 * size * size), np.uint8) for _ in range(2))
     for start in range(0, rows, 512):
         count = min(512, rows - start)
         target[:count] = source[:count]
