@@ -21,7 +21,7 @@ Pixels = NDArray[np.uint8]
 
 def shard_set(folder: Path, rows: int, size: int) -> Artefact:
     """A finished shard set of `rows` stacks [3, 1, size, size] in sessions of at most 96 slices; made once."""
-    made = Artefact(folder / "ingest" / f"bench-{rows}x{size}")
+    made = Artefact(folder / "ingest" / f"bench-{rows}x{size}-v{shard.SCHEMA_VERSION}")
     if made.done:
         return made
     (made.path / "shards").mkdir(parents=True, exist_ok=True)

@@ -292,12 +292,13 @@ def _blocks(groups: Sequence[plan.RowGroup], nbytes: int) -> Iterator[Sequence[p
 def _explained(error: BaseException) -> BaseException:
     """What a reading task found wrong with a shard, behind Ray's wrapping; else the error as it is."""
     current: BaseException | None = error
+    found: shard.ShardError | None = None
     while current is not None:
         if isinstance(current, shard.ShardError):
-            return UserError(current.code, f"{current}; run `cranium verify`, then restore the shard", 1)
+            found = current  # the innermost: what Ray wraps it in is one too, with a traceback for its message
         cause = getattr(current, "cause", None)
         current = cause if isinstance(cause, BaseException) else current.__cause__
-    return error
+    return error if found is None else UserError(found.code, str(found), 1)
 
 
 def _prefetched(batches: Iterator[Batch], depth: int) -> Iterator[Batch]:
