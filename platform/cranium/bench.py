@@ -1,7 +1,8 @@
 """How Cranium measures itself: cases run in rounds, CPU seconds of every process, ratios within one run.
 
 All cases are worked in turn, round by round, each warmed up before it is measured, so that neither a change of the
-machine's load nor the case before favours one. Medians are kept. `bench_stream` and `bench_ingest` say what is measured and what is asked of it.
+machine's load nor the case before favours one. Medians are kept. `bench_stream` and `bench_ingest` say what is measured
+and what is asked of it.
 """
 
 from __future__ import annotations
