@@ -295,7 +295,7 @@ def _explained(error: BaseException) -> BaseException:
     found: shard.ShardError | None = None
     while current is not None:
         if isinstance(current, shard.ShardError):
-            found = current  # the innermost: what Ray wraps it in is one too, with a traceback for its message
+            found = current  # Ray's wrapping is one too, with a traceback for its message
         cause = getattr(current, "cause", None)
         current = cause if isinstance(cause, BaseException) else current.__cause__
     return error if found is None else UserError(found.code, str(found), 1)
