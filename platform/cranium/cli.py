@@ -301,10 +301,10 @@ def stop(
 
 @app.command()
 def resume(file: Yaml, settings: Settings = None, json: Json = False, debug: Debug = False) -> None:
-    """Go on with `run`, here (other settings than before are refused) or as a job."""
+    """Go on with `run`, here or as a job; other settings than before are refused."""
     address = next((s.removeprefix("address=") for s in settings or () if s.startswith("address=")), "")
     if (address or os.environ.get("CRANIUM_ADDRESS", "")).startswith("http"):
-        finish("resume", lambda: _submitted("run", read_target(file, settings)), json, debug)
+        finish("resume", lambda: _submitted("resume", read_target(file, settings)), json, debug)
     else:
         _staged("resume", file, settings, json, debug)
 

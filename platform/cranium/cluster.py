@@ -283,10 +283,11 @@ def submit(
     """Send `cranium <verb> <arguments>` as a Ray Job with this package and `files` (path -> text); never data.
 
     `key` identifies the work: while a job of the same name, verb and key is under way it is returned instead
-    (second value False), and a new one is the next attempt.
+    (second value False), and a new one is the next attempt. `resume` is the work of `run`.
     """
     client = _client(address)
-    prefix = f"{OURS}{name}-{verb}-{hashlib.sha256(key.encode()).hexdigest()[:8]}-"
+    work = "run" if verb == "resume" else verb
+    prefix = f"{OURS}{name}-{work}-{hashlib.sha256(key.encode()).hexdigest()[:8]}-"
     before = jobs(address, prefix)
     if before and before[-1].status not in ENDED:
         return before[-1], False

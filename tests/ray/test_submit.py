@@ -20,7 +20,8 @@ import psutil
 import pytest
 
 import phantoms
-from cranium import cluster
+from cranium import cluster, config, pretrain
+from cranium.store import Artefact
 
 pytestmark = pytest.mark.ray
 ROOT = Path(__file__).parents[2]
@@ -139,14 +140,34 @@ def test_a_job_under_way_is_attached_to_and_can_be_stopped(
     )
     first, fresh = cluster.submit(dashboard, "sleepy", "run", "the same work", [], {})
     second, fresh_again = cluster.submit(dashboard, "sleepy", "run", "the same work", [], {})
+    resumed, fresh_resumed = cluster.submit(dashboard, "sleepy", "resume", "the same work", [], {})
     other, _ = cluster.submit(dashboard, "sleepy", "run", "other work", [], {})
-    assert (fresh, fresh_again) == (True, False)
-    assert first.id == second.id != other.id
+    assert (fresh, fresh_again, fresh_resumed) == (True, False, False)
+    assert first.id == second.id == resumed.id != other.id
     assert cluster.stop(dashboard, other.id).status == "STOPPED"
     assert cluster.stop(dashboard, first.id).status == "STOPPED"
     third, fresh = cluster.submit(dashboard, "sleepy", "run", "the same work", [], {})
     assert fresh and third.id.endswith("-2")
     cluster.stop(dashboard, third.id)
+
+
+def test_a_submitted_resume_refuses_other_settings(dashboard: str, study: Path) -> None:
+    """The job looks for an unfinished pretraining in the store that it sees, before any training."""
+    (study / "trained.yaml").write_text(
+        (study / "tiny.yaml").read_text().replace("name: tiny", "name: trained")
+        + "pretrain: {cohorts: [jobs], inits: [scratch], arch: vit_tiny_patch14, steps: 10, batch_size: 8}\n"
+    )
+    facts = [f"address={dashboard}", f"store={study / 'store'}", f"raw.jobs={study / 'raw' / 'jobs'}"]
+    assert _cranium("submit", "ingest", "trained.yaml", *facts, cwd=study).returncode == 3
+    exp, machine = config.load_experiment(study / "trained.yaml"), config.Machine(store=study / "store")
+    shards = [Artefact(path.parent) for path in (study / "store" / "ingest").glob("jobs-*/manifest.json")]
+    begun = pretrain.artefact(exp, machine, "scratch", shards)
+    (begun.path / "ray" / "checkpoint_1").mkdir(parents=True)
+    (begun.path / pretrain.KEY).write_text(config.canonical(pretrain._key(exp, machine, "scratch", shards)))
+    done = _cranium("resume", "trained.yaml", "pretrain.steps=20", *facts, "--json", cwd=study)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "RESUME_DIFFERS" in done.stdout and "pretrain.steps: 10 -> 20" in done.stdout
+    assert [path.name for path in (study / "store" / "pretrain").iterdir()] == [begun.path.name]
 
 
 def test_leaving_the_follower_leaves_the_job(dashboard: str, study: Path) -> None:
