@@ -21,7 +21,12 @@ LABELS = {
     }
 }
 TASK = Classification(
-    name="lesion", cohort="home", label="condition", classes=("control", "lesion"), external=("away",)
+    task="classification",
+    name="lesion",
+    cohort="home",
+    label="condition",
+    classes=("control", "lesion"),
+    external=("away",),
 )
 
 
@@ -60,6 +65,7 @@ def work(root: Path, home: adapt.Cohort, away: adapt.Cohort, **cell: object) -> 
         "task": "lesion",
         "cohort": "home",
         "init": "random",
+        "adaptation": "linear",
         "label_fraction": 1.0,
         "scheme": "subject",
     }

@@ -17,6 +17,10 @@ from cranium.cards import load_card
 from cranium.config import Experiment, UserError
 
 TINY = "name: tiny\ningest: {cohorts: [a, b]}\n"
+DETECT = "adapt:\n  tasks:\n  - {task: classification, name: d, cohort: a, label: l, classes: [p, q]}\n"
+TASKS = DETECT + (
+    "  - {task: segmentation, name: s, cohort: a, classes: {core: [one, two]}, regions: {all: [core]}}\n"
+)
 
 
 def _load(tmp_path: Path, text: str, *overrides: str) -> Experiment:
@@ -42,6 +46,15 @@ def _load(tmp_path: Path, text: str, *overrides: str) -> Experiment:
             "multiple of the patch size",
         ),
         (TINY + "sweep: {}", "CONFIG", "adapt.tasks"),
+        (TINY + TASKS.replace("classification", "guess"), "CONFIG", "'classification', 'segmentation'"),
+        (TINY + TASKS.replace("label:", "lable:"), "CONFIG", "did you mean"),
+        (TINY + TASKS.replace("regions: {all: [core]}", "regions: {all: [rim]}"), "CONFIG", "['rim']"),
+        (
+            TINY + TASKS + "sweep: {init: [random], adaptation: [knn]}",
+            "CONFIG",
+            "no way to learn a segmentation",
+        ),
+        (TINY + DETECT + "sweep: {init: [random], adaptation: [linear, conv]}", "CONFIG", "['conv']"),
     ],
 )
 def test_a_bad_config_is_refused_with_what_to_do(tmp_path: Path, text: str, code: str, says: str) -> None:
@@ -65,6 +78,18 @@ def test_one_level_of_base(tmp_path: Path) -> None:
 def test_numbers_yaml_reads_as_text_are_numbers(tmp_path: Path) -> None:
     exp = _load(tmp_path, TINY + "pretrain: {cohorts: [a], optimiser: {lr: 1e-4}}")
     assert exp.pretrain and exp.pretrain.optimiser.lr == 1e-4  # PyYAML says "1e-4" is a string
+
+
+def test_a_task_is_learnt_in_the_ways_that_fit_it_and_rows_without_a_backbone_in_their_own(
+    tmp_path: Path,
+) -> None:
+    exp = _load(tmp_path, TINY + TASKS + "sweep: {adaptation: [knn, linear, conv], init: [random]}")
+    assert exp.sweep and exp.adapt
+    detect, segment = exp.adapt.tasks
+    assert exp.sweep.adaptations(detect, "random") == ("knn", "linear")
+    assert exp.sweep.adaptations(segment, "random") == ("linear", "conv")
+    assert exp.sweep.adaptations(detect, "covariates") == ("linear",)
+    assert exp.sweep.adaptations(segment, "covariates") == ()
 
 
 def test_compute_never_shapes_an_identity(tmp_path: Path) -> None:

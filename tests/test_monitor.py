@@ -79,7 +79,11 @@ def test_a_tested_cohort_is_not_looked_at() -> None:
         "name": "x",
         "ingest": {"cohorts": ["a", "b"]},
         "pretrain": {"cohorts": ["a"], "compute": {"monitor": {"cohort": "b"}}},
-        "adapt": {"tasks": [{"name": "t", "cohort": "b", "label": "dx", "classes": ["p", "q"]}]},
+        "adapt": {
+            "tasks": [
+                {"task": "classification", "name": "t", "cohort": "b", "label": "dx", "classes": ["p", "q"]}
+            ]
+        },
     }
     with pytest.raises(ValueError, match="chosen on the test"):
         Experiment.model_validate(content)

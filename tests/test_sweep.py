@@ -65,6 +65,7 @@ def experiment(accept: list[str] = (), **sweep_settings: object) -> Experiment:
             "adapt": {
                 "tasks": [
                     {
+                        "task": "classification",
                         "name": "lesion",
                         "cohort": "home",
                         "label": "condition",

@@ -17,7 +17,7 @@ import pandas as pd
 
 from cranium import embed, store
 from cranium.cards import Label
-from cranium.config import Cell, Classification, Probe, UserError
+from cranium.config import Cell, Classification, Probe, Segmentation, Task, UserError
 from cranium.models import probe as probes
 from cranium.store import Artefact
 from cranium.tasks import classification, metrics, splits
@@ -49,7 +49,16 @@ class Work:
     tags: tuple[tuple[str, str], ...] = ()
 
 
-def subjects(shard_set: Path, task: Classification) -> pd.DataFrame:
+def subjects(shard_set: Path, task: Task) -> pd.DataFrame:
+    """The subjects a task can use: one row each, with `label` (to stratify by) and `matched`, sorted by subject."""
+    match task:
+        case Classification():
+            return diagnosed(shard_set, task)
+        case Segmentation():
+            raise UserError("NOT_YET", f"task {task.name}: segmentation cannot be learnt yet; drop the task")
+
+
+def diagnosed(shard_set: Path, task: Classification) -> pd.DataFrame:
     """The subjects a task can use: one row each, with `label` (class number) and `matched` set, sorted by subject.
 
     A subject's first session that carries one of the task's classes stands for it (the declared rule). Subjects of
@@ -111,7 +120,9 @@ def run_cell(work: Work, folds: Mapping[str, int]) -> dict[str, float | None]:
     if Artefact(work.folder).done:
         return dict(store.read_manifest(work.folder)["metrics"])
     cell, task = work.cell, work.task
-    tables = {cohort.name: subjects(cohort.shard_set, task) for cohort in (work.cohort, *work.external)}
+    if cell.adaptation != "linear":
+        raise UserError("NOT_YET", f"sweep.adaptation: {cell.adaptation} is not there yet; drop it")
+    tables = {cohort.name: diagnosed(cohort.shard_set, task) for cohort in (work.cohort, *work.external)}
     inputs = _inputs(work, tables)
     home = tables[work.cohort.name]
     fold_of = home["subject"].map(dict(folds)).to_numpy()

@@ -373,14 +373,23 @@ def check(
 def _labels_exist(target: Target) -> None:
     for task in target.exp.adapt.tasks if target.exp.adapt else ():
         for cohort in (task.cohort, *task.external):
-            label = target.cards[cohort].labels.get(task.label)
-            if label is None or (unknown := set(task.classes) - set(label.classes)):
-                known = (
-                    f"label {task.label}" if label is None else f"classes {sorted(unknown)} of {task.label}"
-                )
+            if unknown := _undeclared(task, target.cards[cohort]):
                 raise UserError(
-                    "CONFIG", f"{target.path}: task {task.name}: the card of {cohort} declares no {known}"
+                    "CONFIG", f"{target.path}: task {task.name}: the card of {cohort} declares no {unknown}"
                 )
+
+
+def _undeclared(task: config.Task, card: Card) -> str:
+    """What a task needs and a card does not declare, in words; empty when all is there."""
+    match task:
+        case config.Classification():
+            if task.label not in card.labels:
+                return f"label {task.label}"
+            unknown = set(task.classes) - set(card.labels[task.label].classes)
+            return f"classes {sorted(unknown)} of {task.label}" if unknown else ""
+        case config.Segmentation():
+            unknown = {name for parts in task.classes.values() for name in parts} - set(card.segmentation)
+            return f"classes {sorted(unknown)} under segmentation" if unknown else ""
 
 
 @app.command()
@@ -442,9 +451,8 @@ def _cost(exp: Experiment) -> dict[str, Any]:
         share = f"{estimate.UTILISATION:.0%} of its peak"
         cost["GPU-hours"] = f"{', '.join(f'{gpu} {h}' for gpu, h in hours.items())} (computed, at {share})"
     if exp.sweep and exp.adapt:
-        grid = (
-            len(exp.adapt.tasks) * len(exp.sweep.init) * len(exp.sweep.label_fractions) * len(exp.sweep.seeds)
-        )
+        rows = sum(len(exp.sweep.adaptations(t, i)) for t in exp.adapt.tasks for i in exp.sweep.init)
+        grid = rows * len(exp.sweep.label_fractions) * len(exp.sweep.seeds)
         folds = exp.sweep.folds * exp.sweep.group_by.count("subject")
         others = [scheme for scheme in exp.sweep.group_by if scheme != "subject"]
         cost["cells"] = f"{grid * folds}" + "".join(f" + {grid} for each {scheme}" for scheme in others)

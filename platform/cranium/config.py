@@ -15,7 +15,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar, get_args
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -23,6 +23,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 Contrast = Literal["T1w", "T2w", "FLAIR", "T1ce", "PDw"]
 Init = str  # imagenet | dinov2 | scratch | brainfound | random | covariates | run:<id>
 INITS = ("random", "imagenet", "dinov2", "scratch", "brainfound", "covariates")
+Adaptation = Literal["linear", "knn", "attention", "finetune", "lora", "conv"]
+# task -> what it can be learnt by from a backbone.
+ADAPTATIONS: Mapping[str, tuple[Adaptation, ...]] = {
+    "classification": ("linear", "knn", "attention", "finetune", "lora"),
+    "segmentation": ("linear", "conv", "finetune"),
+}
+# Rows of the table without a backbone, and the one way each is learnt: they stand whatever `sweep.adaptation` says.
+WITHOUT_BACKBONE: Mapping[str, Adaptation] = {"covariates": "linear"}
 # init -> what its pretraining starts from.
 PRETRAINED_HERE: Mapping[str, str] = {"scratch": "random", "brainfound": "dinov2"}
 RUN = r"run:[A-Za-z0-9][A-Za-z0-9._@-]*"  # an artefact's name or hex, an MLflow run id, or <model>@<alias>
@@ -325,7 +333,7 @@ class Embed(Frozen):
 class Classification(Frozen):
     """Subject-level disease detection from slices: `label` and `classes` are names in the cohort's card."""
 
-    task: Literal["classification"] = "classification"
+    task: Literal["classification"]
     name: str = Field(pattern=NAME)
     cohort: str
     label: str
@@ -340,6 +348,33 @@ class Classification(Frozen):
         return self
 
 
+class Segmentation(Frozen):
+    """Label maps from slices: `classes` are names in the cohort's card; what is in none of them is background."""
+
+    task: Literal["segmentation"]
+    name: str = Field(pattern=NAME)
+    cohort: str
+    classes: dict[str, tuple[str, ...]] = Field(min_length=1)  # ours -> the card's, each in one class at most
+    regions: dict[str, tuple[str, ...]] = {}  # unions of classes, scored beside them; they may overlap
+    external: tuple[str, ...] = ()
+    tolerance_mm: float = Field(2.0, gt=0)  # of surface Dice
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.cohort in self.external:
+            raise ValueError(f"cohort {self.cohort} is named as its own external cohort")
+        if unknown := sorted({c for parts in self.regions.values() for c in parts} - set(self.classes)):
+            raise ValueError(f"regions name {unknown}, which `classes` does not declare")
+        if twice := sorted(set(self.regions) & set(self.classes)):
+            raise ValueError(f"{twice} are classes and regions; give the regions other names")
+        if len(self.classes) > 254:
+            raise ValueError("more than 254 classes do not fit a label map of bytes")
+        return self
+
+
+Task = Annotated[Classification | Segmentation, Field(discriminator="task")]
+
+
 class Probe(Frozen):
     """Linear probe; its regularisation is chosen inside the cell's own labelled subjects only."""
 
@@ -348,7 +383,7 @@ class Probe(Frozen):
 
 
 class Adapt(Frozen):
-    tasks: tuple[Classification, ...] = Field(min_length=1)
+    tasks: tuple[Task, ...] = Field(min_length=1)
     probe: Probe = Probe()
     covariates: tuple[str, ...] = ("head", "site", "present")  # the covariates-only row
     accept_leakage: tuple[str, ...] = ()  # e.g. "head:ssl+test": accepted by name, stamped on every report
@@ -358,6 +393,7 @@ class Sweep(Frozen):
     """`cranium sweep`: a declared grid. A cell is one Tune trial; no early stopping."""
 
     init: tuple[Init, ...] = ("random", "scratch")
+    adaptation: tuple[Adaptation, ...] = Field(("linear",), min_length=1)
     label_fractions: tuple[float, ...] = (0.1, 0.25, 0.5, 1.0)
     group_by: tuple[str, ...] = ("subject",)  # subject: k folds; a group column: leave one group out
     folds: int = Field(5, ge=2)
@@ -371,6 +407,13 @@ class Sweep(Frozen):
             if init not in INITS and not re.fullmatch(RUN, init):
                 raise ValueError(f"unknown init {init!r}; expected one of {', '.join(INITS)} or run:<id>")
         return inits
+
+    def adaptations(self, task: Task, init: Init) -> tuple[Adaptation, ...]:
+        """How a task is learnt from an initialisation: of the declared ways those that it can be learnt by."""
+        known = ADAPTATIONS[task.task]
+        if init in WITHOUT_BACKBONE:
+            return (WITHOUT_BACKBONE[init],) if isinstance(task, Classification) else ()
+        return tuple(adaptation for adaptation in self.adaptation if adaptation in known)
 
     @field_validator("label_fractions")
     @classmethod
@@ -443,6 +486,15 @@ class Experiment(Frozen):
             made = set(self.pretrain.inits) if self.pretrain else set()
             if absent := sorted(set(self.sweep.init) & set(PRETRAINED_HERE) - made):
                 raise ValueError(f"sweep.init names {absent}, which pretrain.inits does not make")
+            assert self.adapt
+            kinds = {task.task for task in self.adapt.tasks}
+            for kind in sorted(kinds):
+                if not set(ADAPTATIONS[kind]) & set(self.sweep.adaptation):
+                    ways = ", ".join(ADAPTATIONS[kind])
+                    raise ValueError(f"sweep.adaptation names no way to learn a {kind}: {ways}")
+            useful = {way for kind in kinds for way in ADAPTATIONS[kind]}
+            if useless := sorted(set(self.sweep.adaptation) - useful):
+                raise ValueError(f"sweep.adaptation names {useless}, by which no task here is learnt")
         return self
 
 
@@ -452,6 +504,7 @@ class Cell(Frozen):
     task: str
     cohort: str
     init: Init
+    adaptation: Adaptation
     label_fraction: float
     scheme: str  # what folds are grouped by: subject, or a group column (leave one group out)
     fold: int
@@ -460,8 +513,8 @@ class Cell(Frozen):
 
     @property
     def name(self) -> str:
-        init = self.init.replace(":", "_")
-        return f"{self.task}-{init}-{self.scheme}-f{round(self.label_fraction * 1000):04d}-k{self.fold}-s{self.seed}"
+        made = f"{self.task}-{self.init.replace(':', '_')}-{self.adaptation}-{self.scheme}"
+        return f"{made}-f{round(self.label_fraction * 1000):04d}-k{self.fold}-s{self.seed}"
 
 
 # ---- machine facts --------------------------------------------------------------------------------------------------
@@ -616,9 +669,16 @@ def _explain(model: type[Frozen], error: Any) -> str:
 def _keys(model: type[BaseModel], prefix: str = "") -> Iterable[str]:
     for name, field in model.model_fields.items():
         yield prefix + name
-        for kind in (field.annotation, *get_args(field.annotation)):
-            if isinstance(kind, type) and issubclass(kind, BaseModel):
-                yield from _keys(kind, f"{prefix}{name}.")
+        for kind in _kinds(field.annotation):
+            yield from _keys(kind, f"{prefix}{name}.")
+
+
+def _kinds(annotation: Any) -> Iterable[type[BaseModel]]:
+    """The models that an annotation names, however deep."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for part in get_args(annotation):
+        yield from _kinds(part)
 
 
 def nested(overrides: Iterable[str]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from cranium import cluster, recording, store, trust
-from cranium.config import Experiment, Machine, UserError, share, to_yaml
+from cranium.config import WITHOUT_BACKBONE, Experiment, Machine, UserError, share, to_yaml
 from cranium.store import Artefact
 from cranium.study import Study, bar
 
@@ -209,7 +209,7 @@ def embed(
     pretrained = _pretrained(study) if pretrained is None else pretrained
     features: Features = {}
     for init in exp.sweep.init:
-        if init == "covariates" or init in study.missing:
+        if init in WITHOUT_BACKBONE or init in study.missing:
             continue
         for cohort in (c for c in cohorts if c in sets and init not in study.missing):
             name = f"embed {init} {cohort}"
@@ -447,7 +447,7 @@ def _embedded(study: Study, sets: Mapping[str, Artefact]) -> Features:
 
     exp, pretrained, features = study.exp, _pretrained(study), Features()
     assert exp.sweep and exp.adapt
-    for init in (i for i in exp.sweep.init if i != "covariates"):
+    for init in (i for i in exp.sweep.init if i not in WITHOUT_BACKBONE):
         for cohort in {c for task in exp.adapt.tasks for c in (task.cohort, *task.external)} & set(sets):
             weights = _weights(study, init, pretrained)
             made = stage.artefact(exp, study.machine, init, sets[cohort], weights)

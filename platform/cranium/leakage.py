@@ -14,7 +14,7 @@ from typing import Any
 
 import pandas as pd
 
-from cranium.config import PRETRAINED_HERE, Classification, Experiment, UserError
+from cranium.config import PRETRAINED_HERE, Experiment, Task, UserError
 from cranium.store import Artefact
 from cranium.tasks import splits
 from cranium.volume import fingerprint
@@ -24,7 +24,7 @@ ShardSets = Mapping[str, Artefact]
 OWN = ("subject_id", "key")  # columns of a table of units that are no units
 
 
-def gate(exp: Experiment, task: Classification, folds: Folds, shard_sets: ShardSets) -> list[str]:
+def gate(exp: Experiment, task: Task, folds: Folds, shard_sets: ShardSets) -> list[str]:
     """What is shared between sides and accepted by name, in words. Raises `UserError(LEAKAGE)` for all else."""
     assert exp.adapt and exp.sweep
     made = {init for init in exp.sweep.init if init in PRETRAINED_HERE or init.startswith("run:")}

@@ -129,8 +129,10 @@ def _labels(
 ) -> dict[str, float]:
     """Subject-level AUROC of one label of the card, features averaged over slices; absent where it is undefined."""
     classes = tuple(manifest["card"]["labels"][label]["classes"])
-    task = Classification(name="monitor", cohort=manifest["cohort"], label=label, classes=classes)
-    table = adapt.subjects(shard_set, task)
+    task = Classification(
+        task="classification", name="monitor", cohort=manifest["cohort"], label=label, classes=classes
+    )
+    table = adapt.diagnosed(shard_set, task)
     table = table[table["subject"].isin(set(rows["subject"].tolist()))]
     pooled = np.stack([cls[rows["subject"] == subject].mean(axis=0) for subject in table["subject"]])
     labels = table["label"].to_numpy()

@@ -6,13 +6,25 @@ first trial the splits are made, checked for leakage and written down.
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from cranium import adapt, leakage, store
-from cranium.config import Cell, Classification, Experiment, Machine, UserError, fingerprint
+from cranium.config import (
+    WITHOUT_BACKBONE,
+    Cell,
+    Classification,
+    Experiment,
+    Machine,
+    Segmentation,
+    Sweep,
+    Task,
+    UserError,
+    fingerprint,
+)
 from cranium.store import Artefact
 from cranium.tasks import splits
 from cranium.watch import repeatedly
@@ -69,74 +81,90 @@ def declare(
     assert exp.sweep and exp.adapt
     folds, stamps = assign(exp, shard_sets)
     works = [
-        work
+        _work(exp, machine, task, cell, folds[f"{task.name}/{cell.scheme}/{cell.seed}"], shard_sets, features)
         for task in exp.adapt.tasks
-        for scheme in exp.sweep.group_by
-        for seed in exp.sweep.seeds
-        for work in _works(
-            exp, machine, task, scheme, seed, folds[f"{task.name}/{scheme}/{seed}"], shard_sets, features
-        )
+        for cell in _cells(exp.sweep, task, folds, shard_sets)
     ]
     key = {"works": [work.folder.name for work in works]}
     return Grid(store.artefact(machine.store, "sweep", exp.name, key), tuple(works), folds, stamps)
 
 
-def _works(
+def _cells(
+    spec: Sweep, task: Task, folds: Mapping[str, Folds], shard_sets: Mapping[str, Artefact]
+) -> Iterator[Cell]:
+    contrasts = tuple(shard_sets[task.cohort].manifest()["channels"])
+    for scheme, seed, init in itertools.product(spec.group_by, spec.seeds, spec.init):
+        numbers = sorted(set(folds[f"{task.name}/{scheme}/{seed}"].values()))
+        for adaptation, fraction, fold in itertools.product(
+            spec.adaptations(task, init), spec.label_fractions, numbers
+        ):
+            yield Cell(
+                task=task.name,
+                cohort=task.cohort,
+                init=init,
+                adaptation=adaptation,
+                label_fraction=fraction,
+                scheme=scheme,
+                fold=fold,
+                seed=seed,
+                contrasts=contrasts,
+            )
+
+
+def _work(
     exp: Experiment,
     machine: Machine,
-    task: Classification,
-    scheme: str,
-    seed: int,
+    task: Task,
+    cell: Cell,
     folds: Folds,
     shard_sets: Mapping[str, Artefact],
     features: Features,
-) -> list[adapt.Work]:
-    assert exp.sweep and exp.adapt
-    works = []
-    for init in exp.sweep.init:
-        cohorts = [
-            adapt.Cohort(
-                name, shard_sets[name].path, None if init == "covariates" else features[init, name].path
-            )
-            for name in (task.cohort, *task.external)
-        ]
-        manifest = shard_sets[task.cohort].manifest()
-        for fraction in exp.sweep.label_fractions:
-            for fold in sorted(set(folds.values())):
-                cell = Cell(
-                    task=task.name,
-                    cohort=task.cohort,
-                    init=init,
-                    label_fraction=fraction,
-                    scheme=scheme,
-                    fold=fold,
-                    seed=seed,
-                    contrasts=tuple(manifest["channels"]),
-                )
-                key = {
-                    "recipe": adapt.RECIPE,
-                    "cell": cell,
-                    "task": task,
-                    "probe": exp.adapt.probe,
-                    "covariates": exp.adapt.covariates if init == "covariates" else (),
-                    "folds": splits.digest(folds),
-                    "cohorts": [[c.shard_set.name, c.features.name if c.features else None] for c in cohorts],
-                }
-                folder = store.artefact(machine.store, "adapt", cell.name, key).path
-                tags = (("cell", fingerprint(key)[:16]), ("manifest", cohorts[0].shard_set.name))
-                works.append(
-                    adapt.Work(
-                        cell,
-                        task,
-                        exp.adapt.probe,
-                        exp.adapt.covariates,
-                        cohorts[0],
-                        tuple(cohorts[1:]),
-                        folder,
-                        tags,
-                    )
-                )
-    return works
+) -> adapt.Work:
+    """What a trial needs for a cell, in a folder named by all that shapes its result."""
+    match task:
+        case Classification():
+            return _classification(exp, machine, task, cell, folds, shard_sets, features)
+        case Segmentation():
+            raise UserError("NOT_YET", f"task {task.name}: segmentation cannot be learnt yet; drop the task")
+
+
+def _classification(
+    exp: Experiment,
+    machine: Machine,
+    task: Classification,
+    cell: Cell,
+    folds: Folds,
+    shard_sets: Mapping[str, Artefact],
+    features: Features,
+) -> adapt.Work:
+    assert exp.adapt
+    cohorts = [
+        adapt.Cohort(
+            name,
+            shard_sets[name].path,
+            None if cell.init in WITHOUT_BACKBONE else features[cell.init, name].path,
+        )
+        for name in (task.cohort, *task.external)
+    ]
+    key = {
+        "recipe": adapt.RECIPE,
+        "cell": cell,
+        "task": task,
+        "probe": exp.adapt.probe,
+        "covariates": exp.adapt.covariates if cell.init == "covariates" else (),
+        "folds": splits.digest(folds),
+        "cohorts": [[c.shard_set.name, c.features.name if c.features else None] for c in cohorts],
+    }
+    return adapt.Work(
+        cell,
+        task,
+        exp.adapt.probe,
+        exp.adapt.covariates,
+        cohorts[0],
+        tuple(cohorts[1:]),
+        store.artefact(machine.store, "adapt", cell.name, key).path,
+        (("cell", fingerprint(key)[:16]), ("manifest", cohorts[0].shard_set.name)),
+    )
 
 
 def sweep(grid: Grid, exp: Experiment, progress: Progress | None = None) -> tuple[Artefact, int]:

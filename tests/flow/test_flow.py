@@ -53,6 +53,7 @@ EXPERIMENT = {
     "adapt": {
         "tasks": [
             {
+                "task": "classification",
                 "name": "lesion",
                 "cohort": "home",
                 "label": "condition",
