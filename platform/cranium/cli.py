@@ -119,6 +119,9 @@ def _farewell(study: Study, log: Path, seconds: float) -> None:
         say(f"could not be had: {what}: {why}", soft_wrap=True)
     for note in study.notes:
         say(f"note: {note}", soft_wrap=True)
+    for name, page in study.made.items():
+        if name.startswith("health ") and Path(page).is_file():
+            say(f"{name}: {page}", soft_wrap=True)
     if report := study.made.get("report"):
         say(f"report: {report}", soft_wrap=True)
     say(f"log:    {log}", soft_wrap=True)

@@ -155,13 +155,15 @@ def pretrain(study: Study, sets: Mapping[str, Artefact] | None = None) -> dict[s
         return {}
     sets = ingested(study, spec.cohorts) if sets is None else sets
     corpus = [_had(sets, study, cohort) for cohort in spec.cohorts]
-    from cranium import pretrain as stage  # after what may be refused: torch takes seconds
+    from cranium import checkup  # after what may be refused: torch takes seconds
+    from cranium import pretrain as stage
 
     results: dict[str, Artefact] = {}
     for init in spec.inits:
         name = f"pretrain {init}"
         made = stage.artefact(study.exp, study.machine, init, corpus)
         study.made[name] = str(made.path)
+        study.made[f"health {init}"] = str(made.path / checkup.PAGE)
         fresh = not made.done
         if fresh:
             _write_resolved(study, made)
@@ -178,8 +180,18 @@ def pretrain(study: Study, sets: Mapping[str, Artefact] | None = None) -> dict[s
                 study.note(
                     f"{name}: {alarm['code']} from step {alarm['step']}: {alarm['seen']}; {alarm['mend']}"
                 )
+            _health_page(study, init, made, corpus)
             recording.pretrained(study, init, made, fresh)
     return results
+
+
+def _health_page(study: Study, init: str, made: Artefact, corpus: list[Artefact]) -> None:
+    """The page of a finished pretraining, made when it is not there or shows an earlier state."""
+    from cranium import checkup
+    from cranium.course import Course
+
+    if not checkup.current(made):
+        checkup.write(Course(made, study.exp, init, tuple(corpus)))
 
 
 def _monitored(study: Study, sets: Mapping[str, Artefact]) -> Artefact | None:

@@ -16,9 +16,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from cranium import checkpoint, corpora, monitor, store, track, training
+from cranium import checkpoint, checkup, corpora, monitor, store, track, training
 from cranium.config import PRETRAINED_HERE, Experiment, Machine, Pretrain, UserError, canonical
-from cranium.dinov2 import health
+from cranium.course import Course
 from cranium.store import Artefact
 from cranium.training import JOURNAL, STOP
 from cranium.watch import repeatedly
@@ -86,7 +86,8 @@ def pretrain(
         (made.path / STOP).unlink(missing_ok=True)
         store.write_atomic(made.path / KEY, canonical(_key(exp, machine, init, shard_sets)))
         looks = monitor.watching(made.path, monitored, exp.pretrain.compute.monitor)
-        with _watched(made.path / JOURNAL, exp.pretrain.steps, progress), looks:
+        page = checkup.kept(made, exp, init, shard_sets)
+        with page, _watched(made.path / JOURNAL, exp.pretrain.steps, progress), looks:
             source = _fit(exp.pretrain, spec, made.path)
         card = checkpoint.read_card(made.path)
         store.commit(
@@ -103,17 +104,11 @@ def pretrain(
                 "weights_sha256": store.sha256(made.path / checkpoint.BACKBONE),
                 "channels": card["channels"],
                 "preprocessing_hash": card["preprocessing_hash"],
-                "alarms": [asdict(alarm) for alarm in alarms(exp.pretrain, made, int(card["dim"]))],
+                "alarms": [asdict(alarm) for alarm in Course(made, exp, init, tuple(shard_sets)).alarms],
                 "seconds": round(time.monotonic() - started, 1),
             },
         )
     return made
-
-
-def alarms(spec: Pretrain, made: Artefact, dim: int) -> list[health.Alarm]:
-    """What the journal of a run says is wrong with it, so far."""
-    entries = [(entry.step, dict(entry.metrics)) for entry in track.read_journal(made.path / JOURNAL)]
-    return health.alarms(entries, steps=spec.steps, prototypes=spec.loss.prototypes, dim=dim)
 
 
 # ---- resuming --------------------------------------------------------------------------------------------------------

@@ -96,6 +96,8 @@ def live(study: Study, init: str, made: Artefact, tell: Tell) -> Tell:
 
 
 def pretrained(study: Study, init: str, made: Artefact, fresh: bool) -> None:
+    from cranium import checkup  # imports torch, which takes seconds
+
     if _mark(study, made).is_file() and not fresh:
         return
     with study.stage(f"track {init}"), _tracking(study):
@@ -105,6 +107,7 @@ def pretrained(study: Study, init: str, made: Artefact, fresh: bool) -> None:
             tracker.replay(run, made.path / folder)
         tracker.log(run, {"sys/seconds": made.manifest()["seconds"]}, _start_tags(made))
         tracker.artefact(run, made.path / "resolved.yaml")
+        tracker.artefact(run, made.path / checkup.PAGE)
         tracker.finish(run)
         store.write_atomic(_mark(study, made), json.dumps({"run": run}))
 

@@ -17,10 +17,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-import phantoms
-from cranium import ingest, shardset, store
-from cranium.cards import Card
-from cranium.config import Ingest, Machine
+import ingests
+from cranium import shardset, store
 from cranium.figures import cohort, distributions, mosaic, outliers, remedies
 from cranium.volume import measure, shard
 from cranium.volume.quality import REJECTIONS
@@ -32,34 +30,7 @@ SUBJECTS = 12
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twelve subjects at two sites: one scan cut short, three that are web pages, a copy in place of a T2w."""
-    raw = phantoms.bids_tree(
-        tmp_path_factory.mktemp("raw"),
-        num_subjects=SUBJECTS,
-        conditions=("control",),
-        missing=((), (), ("FLAIR",)),
-        shape=(40, 48, 36),
-    )
-
-    def scan(subject: str, contrast: str) -> Path:
-        return raw / f"sub-{subject}/anat/sub-{subject}_{contrast}.nii.gz"
-
-    cut = scan("001", "FLAIR")
-    cut.write_bytes(cut.read_bytes()[:-100])
-    for path in (raw / "sub-004/anat").iterdir():
-        path.write_bytes(b"<html>")
-    masks = raw / "derivatives/masks"
-    for folder, end in ((raw, ".nii.gz"), (masks, "_mask.nii.gz")):
-        files = [folder / f"sub-007/anat/sub-007_{contrast}{end}" for contrast in ("T1w", "T2w")]
-        files[1].write_bytes(files[0].read_bytes())
-    fields = {"title": f"Phantoms {EVIL}", "expected": {"subjects": SUBJECTS, "source": "the test"}}
-    card = Card.model_validate({**phantoms.card(), **fields})
-    spec = Ingest(size=56, spacing_mm=4.0, slice_spacing_mm=4.0, shard_mb=1)
-    before, ingest._on_ray = ingest._on_ray, lambda items, work, job: (work(item, job) for item in items)
-    try:
-        return ingest.ingest(card, raw, spec, Machine(store=tmp_path_factory.mktemp("store"))).path
-    finally:
-        ingest._on_ray = before
+    return ingests.faulty(tmp_path_factory.mktemp("faulty"), SUBJECTS, f"Phantoms {EVIL}").path
 
 
 @pytest.fixture(scope="module")

@@ -112,6 +112,6 @@ def _spikes(entries: Sequence[Entry]) -> list[Alarm]:
             min(times),
             max(times),
             seen,
-            "it is clipped, but look at the loss; lower the learning rate",
+            "look at the loss there (it is clipped); if it comes back, lower the learning rate",
         )
     ]
