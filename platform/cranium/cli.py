@@ -543,7 +543,7 @@ def export(
 
 @app.command()
 def bench(
-    what: Annotated[str, typer.Argument(metavar="stream|ingest", help="which stage")],
+    what: Annotated[str, typer.Argument(metavar="stream|ingest|sweep", help="which stage")],
     settings: Annotated[
         list[str] | None, typer.Argument(metavar="[key=value]...", help="rows= rounds= data= out= ...")
     ] = None,
@@ -569,8 +569,12 @@ def bench(
                 from cranium import bench_ingest
 
                 spec, result = measured(bench_ingest)
+            case "sweep":
+                from cranium import bench_sweep
+
+                spec, result = measured(bench_sweep)
             case _:
-                raise UserError("USAGE", f"`{what}` has no benchmark; one of stream, ingest")
+                raise UserError("USAGE", f"`{what}` has no benchmark; one of stream, ingest, sweep")
         print(bench.table(result))
         if spec.out:
             bench.keep(result, spec.out)

@@ -170,8 +170,9 @@ def pretrain(study: Study, sets: Mapping[str, Artefact] | None = None) -> dict[s
             for shards in corpus:
                 trust.check(shards)
             with _without(study, init), study.stage(name) as tell, cluster.connect(study.machine):
-                live = recording.live(study, init, made, tell)
-                stage.pretrain(study.exp, study.machine, init, corpus, live, _monitored(study, sets))
+                monitored = _monitored(study, sets)
+                with recording.live(study, init, made, tell) as live:
+                    stage.pretrain(study.exp, study.machine, init, corpus, live, monitored)
         else:
             study.skipped(name)
         if made.done:
@@ -252,18 +253,27 @@ def sweep(study: Study, sets: Mapping[str, Artefact] | None = None, features: Fe
     grid = stage.declare(exp, study.machine, sets, features)
     study.made["sweep"] = str(grid.artefact.path)
     cells = len(grid.missing)
+    failures: dict[str, str] = {}
     if cells or not grid.artefact.done:
         _write_resolved(study, grid.artefact)
         with (
             study.stage(f"sweep ({cells} of {len(grid.works)} cells)") as tell,
             cluster.connect(study.machine),
+            recording.sweeping(study, grid, tell) as live,
         ):
-            stage.sweep(grid, exp, tell)
+            failures = stage.sweep(grid, exp, live)
     else:
         study.skipped(f"sweep ({len(grid.works)} cells)")
     for stamp in grid.stamps:
         study.note(f"accepted overlap: {stamp}")
-    recording.swept(study, grid, fresh=cells > 0)
+    recording.swept(study, grid, failures)
+    if failures:
+        shown = "; ".join(f"{name}: {reason}" for name, reason in sorted(failures.items())[:3])
+        raise UserError(
+            "CELLS_FAILED",
+            f"{len(failures)} of {len(grid.works)} cells failed: {shown}; the same command tries them again",
+            1,
+        )
     return grid
 
 

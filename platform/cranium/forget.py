@@ -319,7 +319,7 @@ def _tag_runs(machine: Machine, plan: dict[str, Any], done: Forgotten) -> int:
     for mark in sorted(folder.glob("*.json")) if folder.is_dir() else ():
         known = json.loads(mark.read_text())
         named = {f"adapt/{name}" for name in known if name != "run"} & concerned
-        if mark.stem in {name.replace("/", "-") for name in concerned}:
+        if mark.stem.removesuffix(".part") in {name.replace("/", "-") for name in concerned}:
             named |= {"run"}
         runs |= {known[name.removeprefix("adapt/")] for name in named}
     if runs:

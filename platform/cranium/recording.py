@@ -6,9 +6,9 @@ import contextlib
 import json
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cranium import store, track
 from cranium.config import fingerprint
@@ -16,10 +16,12 @@ from cranium.store import Artefact
 from cranium.study import Study, Tell
 
 if TYPE_CHECKING:
+    from cranium.adapt import Work
     from cranium.sweep import Grid
 
 JOURNALS = ("journal", "monitor/journal")  # of a pretraining: its steps, and the looks at its teacher
-LIVE_SECONDS = 10.0  # how often a running pretraining is sent on
+LIVE_SECONDS = 10.0  # how often a running stage is sent on
+PART = ".part.json"  # of a mark: what of a sweep was sent so far
 
 
 @contextlib.contextmanager
@@ -79,20 +81,41 @@ def _pretrain_run(study: Study, init: str, made: Artefact) -> str:
     return run
 
 
-def live(study: Study, init: str, made: Artefact, tell: Tell) -> Tell:
-    """Pass progress on, and every few seconds the journal to MLflow, so that curves can be watched."""
-    state: dict[str, Any] = {"run": None, "next": time.monotonic() + LIVE_SECONDS}
+@contextlib.contextmanager
+def live(study: Study, init: str, made: Artefact, tell: Tell) -> Iterator[Tell]:
+    """Pass progress on, and every few seconds the journal to MLflow, so that curves can be watched.
+
+    Left by an error the run is FAILED, by a signal KILLED; the next attempt takes it up again.
+    """
+    run: str | None = None
+    due = time.monotonic() + LIVE_SECONDS
+
+    def send() -> None:
+        nonlocal run
+        run = run or _pretrain_run(study, init, made)
+        for folder in JOURNALS:
+            _tracker(study).replay(run, made.path / folder)
 
     def both(done: int, total: int, text: str) -> None:
+        nonlocal due
         tell(done, total, text)
-        if time.monotonic() >= state["next"]:
+        if time.monotonic() >= due:
             with _tracking(study):
-                state["run"] = state["run"] or _pretrain_run(study, init, made)
-                for folder in JOURNALS:
-                    _tracker(study).replay(state["run"], made.path / folder)
-            state["next"] = time.monotonic() + LIVE_SECONDS
+                send()
+            due = time.monotonic() + LIVE_SECONDS
 
-    return both
+    try:
+        yield both
+    except BaseException as error:
+        if run is not None:
+            with _tracking(study):
+                send()
+                _tracker(study).finish(run, _status(error))
+        raise
+
+
+def _status(error: BaseException) -> str:
+    return "FAILED" if isinstance(error, Exception) else "KILLED"
 
 
 def pretrained(study: Study, init: str, made: Artefact, fresh: bool) -> None:
@@ -118,36 +141,103 @@ def _start_tags(made: Artefact) -> dict[str, str]:
     return {f"start.{key}": track.plain(start[key]) for key in start if start[key] not in (None, "", [])}
 
 
-def swept(study: Study, grid: Grid, fresh: bool) -> None:
-    if _mark(study, grid.artefact).is_file() and not fresh:
+@contextlib.contextmanager
+def sweeping(study: Study, grid: Grid, tell: Tell) -> Iterator[Tell]:
+    """Pass progress on, and every few seconds the cells that are done to MLflow: the grid can be watched as it fills.
+
+    Left by an error the sweep's run is FAILED, by a signal KILLED; the next attempt takes it up again.
+    """
+    due = time.monotonic() + LIVE_SECONDS
+
+    def both(done: int, total: int, text: str) -> None:
+        nonlocal due
+        tell(done, total, text)
+        if time.monotonic() >= due:
+            with _tracking(study):
+                _send_cells(study, grid, {}, seconds=LIVE_SECONDS / 4)
+            due = time.monotonic() + LIVE_SECONDS
+
+    try:
+        yield both
+    except BaseException as error:
+        with _tracking(study):
+            _tracker(study).finish(_sweep_run(study, grid), _status(error))
+        raise
+
+
+def swept(study: Study, grid: Grid, failures: Mapping[str, str]) -> None:
+    """All cells of a sweep; `failures` (folder name -> reason) are runs too, and FAILED."""
+    mark = _mark(study, grid.artefact)
+    if mark.is_file():
         return
     with study.stage("track sweep") as tell, _tracking(study):
         tracker = _tracker(study)
-        assert study.exp.sweep
-        parent = tracker.run(
-            grid.artefact.id,
-            f"sweep {study.exp.name}",
-            _tags(study, stage="sweep", artefact=grid.artefact.id),
-        )
-        tracker.params(parent, track.flatten(study.exp.sweep.model_dump(mode="json")))
-        ids, commit = {"run": parent}, git()
+        ids = _send_cells(study, grid, failures, tell=tell)
+        parent = ids["run"]
+        tracker.log(parent, {"cells": float(len(grid.works) - len(failures))})
+        for name in ("resolved.yaml", "splits.json"):
+            if (grid.artefact.path / name).is_file():
+                tracker.artefact(parent, grid.artefact.path / name)
+        tracker.finish(parent, "FAILED" if failures else "FINISHED")
+        if not failures:
+            store.write_atomic(mark, json.dumps(ids))
+            mark.with_suffix(PART).unlink()
+
+
+def _sweep_run(study: Study, grid: Grid) -> str:
+    assert study.exp.sweep
+    run = _tracker(study).run(
+        grid.artefact.id,
+        f"sweep {study.exp.name}",
+        _tags(study, stage="sweep", artefact=grid.artefact.id),
+    )
+    _tracker(study).params(run, track.flatten(study.exp.sweep.model_dump(mode="json")))
+    return run
+
+
+def _send_cells(
+    study: Study,
+    grid: Grid,
+    failures: Mapping[str, str],
+    seconds: float = float("inf"),
+    tell: Tell = lambda done, total, text: None,
+) -> dict[str, str]:
+    """Send the cells that are done and not yet sent, for about so long; returns the run ids known by then."""
+    until = time.monotonic() + seconds
+    sent = _mark(study, grid.artefact).with_suffix(PART)
+    ids: dict[str, str] = json.loads(sent.read_text()) if sent.is_file() else {}
+    ids["run"] = _sweep_run(study, grid)
+    commit = git()
+    try:
         for done, work in enumerate(grid.works, 1):
-            cell = work.cell.model_dump(mode="json")
-            tags = {k: track.plain(v) for k, v in cell.items()} | {
-                "stage": "adapt",
-                "git": commit,
-                **dict(work.tags),
-            }
-            manifest = store.read_manifest(work.folder)
-            scores = {k: v for k, v in manifest["metrics"].items() if v is not None}
-            scores |= {k: float(manifest["counts"][k]) for k in ("n_train", "n_test")}
-            key = Artefact(work.folder).id
-            ids[work.folder.name] = tracker.record(
-                key, work.cell.name, parent, tags, track.flatten(cell), scores
-            )
+            if time.monotonic() > until:
+                break
+            if work.folder.name in failures:
+                _send_cell(study, work, ids["run"], commit, failures[work.folder.name])
+            elif work.folder.name not in ids and Artefact(work.folder).done:
+                ids[work.folder.name] = _send_cell(study, work, ids["run"], commit)
             tell(done, len(grid.works), "runs")
-        tracker.log(parent, {"cells": float(len(grid.works))})
-        tracker.artefact(parent, grid.artefact.path / "resolved.yaml")
-        tracker.artefact(parent, grid.artefact.path / "splits.json")
-        tracker.finish(parent)
-        store.write_atomic(_mark(study, grid.artefact), json.dumps(ids))
+    finally:
+        store.write_atomic(sent, json.dumps(ids))
+    return ids
+
+
+def _send_cell(study: Study, work: Work, parent: str, commit: str, failure: str = "") -> str:
+    cell = work.cell.model_dump(mode="json")
+    tags = {k: track.plain(v) for k, v in cell.items()} | {"stage": "adapt", "git": commit, **dict(work.tags)}
+    scores: dict[str, float] = {}
+    if failure:
+        tags["failure"] = failure
+    else:
+        manifest = store.read_manifest(work.folder)
+        scores = {k: v for k, v in manifest["metrics"].items() if v is not None}
+        scores |= {k: float(manifest["counts"][k]) for k in ("n_train", "n_test")}
+    return _tracker(study).record(
+        Artefact(work.folder).id,
+        work.cell.name,
+        parent,
+        tags,
+        track.flatten(cell),
+        scores,
+        "FAILED" if failure else "FINISHED",
+    )

@@ -167,20 +167,14 @@ def _classification(
     )
 
 
-def sweep(grid: Grid, exp: Experiment, progress: Progress | None = None) -> tuple[Artefact, int]:
-    """Run what is missing of the grid; return its artefact and how many cells were made now.
+def sweep(grid: Grid, exp: Experiment, progress: Progress | None = None) -> dict[str, str]:
+    """Run what is missing of the grid; returns the cells that failed: folder name -> reason.
 
-    Cells that fail leave the others alone; they are named at the end in `UserError(CELLS_FAILED)`, exit code 1.
+    Cells that fail leave the others alone, and are tried again next time; the grid is committed once it is whole.
     """
     missing = grid.missing
-    if missing:
-        failures = _run(grid, missing, exp, progress)
-        if failures:
-            shown = "; ".join(f"{name}: {reason}" for name, reason in sorted(failures.items())[:3])
-            raise UserError(
-                "CELLS_FAILED", f"{len(failures)} of {len(missing)} cells failed: {shown}", exit_code=1
-            )
-    if missing or not grid.artefact.done:
+    failures = _run(grid, missing, exp, progress) if missing else {}
+    if not failures and (missing or not grid.artefact.done):
         store.write_atomic(
             grid.artefact.path / "splits.json", json.dumps(grid.folds, indent=1, sort_keys=True)
         )
@@ -193,7 +187,7 @@ def sweep(grid: Grid, exp: Experiment, progress: Progress | None = None) -> tupl
                 "stamps": list(grid.stamps),
             },
         )
-    return grid.artefact, len(missing)
+    return failures
 
 
 def _run(
@@ -225,7 +219,7 @@ def _run(
     if progress:
         progress(len(missing), len(missing), "cells")
     return {
-        missing[result.config["cell"]].cell.name: str(result.error).strip().splitlines()[-1]
+        missing[result.config["cell"]].folder.name: str(result.error).strip().splitlines()[-1]
         for result in results
         if result.error and result.config
     }

@@ -173,13 +173,15 @@ class Tracker:
         return str(found.experiment_id)
 
     def run(self, key: str, name: str, tags: Mapping[str, str], parent: str | None = None) -> str:
-        """The run of this key: found, or made. Restarts never make a second one."""
+        """The run of this key: found, or made. A restart makes no second one; one that had stopped is RUNNING again."""
         with _reaching(self.uri), _schema_lock(self.uri):
             found = self._client.search_runs([self.experiment_id], f"tags.`{KEY}` = '{key}'", max_results=1)
             wanted = {**tags, KEY: key, "mlflow.runName": name, **({PARENT: parent} if parent else {})}
             if found:
                 run_id = str(found[0].info.run_id)
                 self._batch(run_id, tags={k: v for k, v in wanted.items() if found[0].data.tags.get(k) != v})
+                if found[0].info.status in ("FAILED", "KILLED"):  # taken up again
+                    self._client.update_run(run_id, status="RUNNING")
                 return run_id
             return str(self._client.create_run(self.experiment_id, run_name=name, tags=wanted).info.run_id)
 
@@ -191,14 +193,15 @@ class Tracker:
         tags: Mapping[str, str],
         params: Mapping[str, str],
         metrics: Mapping[str, float],
+        status: str = "FINISHED",
     ) -> str:
-        """A whole finished run at once; one that is there is left as it is. For the cells of a grid."""
+        """A whole run at once, FINISHED or FAILED; one that is finished is left as it is. For the cells of a grid."""
         run_id = self.run(key, name, tags, parent)
         with _reaching(self.uri):
             now = int(time.time() * 1000)
             if self._client.get_run(run_id).info.status == "RUNNING":
                 self._batch(run_id, [(k, v, now, 0) for k, v in metrics.items()], params)
-                self._client.set_terminated(run_id, "FINISHED")
+                self._client.set_terminated(run_id, status)
         return run_id
 
     def params(self, run_id: str, values: Mapping[str, Any]) -> None:

@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from cranium import config, recording, store, sweep, track
+from cranium.study import Study
+from test_sweep import experiment, features, sets
+
+
+@pytest.fixture
+def study(tmp_path: Path, mlflow_db: str) -> Study:
+    machine = config.Machine(store=tmp_path / "store", tracking_uri=mlflow_db)
+    return Study(experiment(label_fractions=[1.0]), machine, {}, Console(quiet=True))
+
+
+@pytest.fixture
+def grid(study: Study) -> sweep.Grid:
+    root = study.machine.store
+    return sweep.declare(study.exp, study.machine, sets(root), features(root))
+
+
+def finish(work: object) -> None:
+    work.folder.mkdir(parents=True)
+    store.commit(work.folder, {"metrics": {"test/auroc": 0.5}, "counts": {"n_train": 4, "n_test": 2}})
+
+
+def told(study: Study, grid: sweep.Grid) -> tuple[str, dict[str, track.Run]]:
+    """The status of the sweep's run, and its cells by key."""
+    tracker = track.Tracker(study.machine.tracking, study.exp.name)
+    parent = tracker._client.search_runs([tracker.experiment_id], "tags.stage = 'sweep'")
+    assert len(parent) == 1
+    cells = tracker.children(parent[0].info.run_id)
+    assert len({cell.key for cell in cells}) == len(cells)
+    return parent[0].info.status, {cell.key: cell for cell in cells}
+
+
+def test_cells_are_seen_while_the_sweep_goes_on_and_every_run_ends_as_it_did(
+    study: Study, grid: sweep.Grid, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recording, "LIVE_SECONDS", 0.0)
+    first, *others = grid.works
+    key = {work.folder.name: f"adapt/{work.folder.name}" for work in grid.works}
+    with (
+        pytest.raises(KeyboardInterrupt),
+        recording.sweeping(study, grid, lambda done, total, text: None) as live,
+    ):
+        finish(first)
+        monkeypatch.setattr(recording, "LIVE_SECONDS", 40.0)  # and for ten seconds it may send
+        live(1, len(grid.works), "cells")
+        status, cells = told(study, grid)
+        assert status == "RUNNING" and list(cells) == [key[first.folder.name]]
+        assert cells[key[first.folder.name]].metrics["test/auroc"] == 0.5
+        raise KeyboardInterrupt
+    assert told(study, grid)[0] == "KILLED"
+
+    broken, *rest = others
+    for work in rest:
+        finish(work)
+    recording.swept(study, grid, {broken.folder.name: "ValueError: no"})
+    status, cells = told(study, grid)
+    assert status == "FAILED" and len(cells) == len(grid.works)
+    assert cells[key[broken.folder.name]].status == "FAILED"
+    assert cells[key[broken.folder.name]].tags["failure"] == "ValueError: no"
+    assert recording.runs(study, grid.artefact) == {}  # not yet whole
+
+    finish(broken)
+    recording.swept(study, grid, {})
+    status, cells = told(study, grid)
+    assert status == "FINISHED" and {cell.status for cell in cells.values()} == {"FINISHED"}
+    assert recording.runs(study, grid.artefact).keys() == {"run", *(w.folder.name for w in grid.works)}
+
+
+def test_a_pretraining_that_fails_or_is_stopped_says_so_and_is_taken_up_again(
+    study: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recording, "LIVE_SECONDS", 0.0)
+    made = store.Artefact(study.machine.store / "pretrain" / "scratch-0")
+    tracker = track.Tracker(study.machine.tracking, study.exp.name)
+
+    def status() -> str:
+        return str(tracker._client.search_runs([tracker.experiment_id])[0].info.status)
+
+    for error, ended in ((ValueError("no"), "FAILED"), (KeyboardInterrupt(), "KILLED")):
+        with (
+            pytest.raises(type(error)),
+            recording.live(study, "scratch", made, lambda done, total, text: None) as live,
+        ):
+            live(1, 2, "steps")
+            assert status() == "RUNNING"
+            raise error
+        assert status() == ended
