@@ -1,7 +1,7 @@
 """A sweep of frozen cells against the fits alone: what Tune, the files and MLflow add to each cell.
 
-`cranium bench sweep [cells= subjects= dim= data= out=]`. Features are generated: noise, shifted a little by class. Cells
-are whole ones: inner folds, regularisation, judging, files, a run in MLflow.
+`cranium bench sweep [cells= subjects= dim= data= out=]`. Features are generated: noise, shifted a little by class.
+Cells are whole ones: inner folds, regularisation, judging, files, a run in MLflow.
 """
 
 from __future__ import annotations
