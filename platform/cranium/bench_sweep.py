@@ -11,6 +11,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -141,7 +142,13 @@ def _shard_set(folder: Path, spec: Spec) -> Artefact:
         }
     ).to_parquet(made.path / "sessions.parquet")
     labels = {"label": {"column": "label", "classes": {"a": ["a"], "b": ["b"]}}}
-    card = {"labels": labels, "groups": [], "matched": None, "overlaps": [], "simulated": True}
+    card: dict[str, Any] = {
+        "labels": labels,
+        "groups": [],
+        "matched": None,
+        "overlaps": [],
+        "simulated": True,
+    }
     store.commit(made.path, {"cohort": COHORT, "card": card, "channels": ["T1w"], "overlap_ids": {}})
     return made
 
