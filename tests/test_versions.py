@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import shutil
@@ -14,7 +15,7 @@ import pytest
 
 import ingests
 import phantoms
-from cranium import conform, ingest, place, store, trust, versions
+from cranium import conform, ingest, place, sources, store, trust, versions
 from cranium.config import Machine, UserError
 from cranium.store import Artefact
 from cranium.volume import shard
@@ -167,23 +168,72 @@ def test_a_removed_subject_is_gone_from_the_next_version(
     assert trust.verify(made) == []
 
 
-@pytest.mark.parametrize("how", ["touched", "other mask", "other settings"])
-def test_what_changed_is_read_again(home: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
-    """A time stamp is enough to read a session again; other settings read all of them."""
-    spec = ingests.SPEC
-    (home / "raw" / "sub-006/anat/sub-006_T2w.nii.gz").unlink()  # the key of a version holds names and sizes
-    expected = ["006"]
-    if how == "touched":
-        os.utime(home / "raw" / "sub-003/anat/sub-003_T1w.nii.gz", (1, 1))
-        expected = ["003", "006"]
-    elif how == "other mask":
-        os.utime(home / "raw" / "derivatives/masks/sub-003/anat/sub-003_T1w_mask.nii.gz", (1, 1))
-        expected = ["003", "006"]
-    else:
-        spec = spec.model_copy(update={"percentiles": (1.0, 99.0)})
-        expected = [f"{n:03}" for n in range(1, 8)]
-    made, read = again(home, monkeypatch, spec)
-    assert read == expected and trust.verify(made) == []
+def test_what_was_only_touched_is_not_read_again(
+    home: Path, trees: Path, first: Artefact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hashed once, then remembered; and a next version takes it over."""
+    hashed: list[str] = []
+    real = sources._hash
+    monkeypatch.setattr(sources, "_hash", lambda path: (hashed.append(path.name), real(path))[1])
+    os.utime(home / "raw" / "sub-003/anat/sub-003_T1w.nii.gz", (1, 1))
+    for known in (False, True):
+        hashed.clear()
+        made, read = again(home, monkeypatch)
+        assert made.id == first.id and read == [] and bool(hashed) != known
+    tree(trees, home / "raw", (8,))
+    made, read = again(home, monkeypatch)
+    assert made.id != first.id and read == ["008"] and trust.verify(made) == []
+
+
+def test_other_settings_read_everything(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, read = again(home, monkeypatch, ingests.SPEC.model_copy(update={"percentiles": (1.0, 99.0)}))
+    assert read == [f"{n:03}" for n in range(1, 8)] and trust.verify(made) == []
+
+
+@pytest.mark.parametrize("identifiers", ["plain", "salted"])
+@pytest.mark.parametrize(
+    "path", ["sub-003/anat/sub-003_T1w.nii.gz", "derivatives/masks/sub-003/anat/sub-003_T1w_mask.nii.gz"]
+)
+def test_a_file_of_the_same_size_makes_a_version(
+    home: Path, monkeypatch: pytest.MonkeyPatch, path: str, identifiers: str
+) -> None:
+    """Another scan or mask in the place of one, no byte longer: its session is read, and its rows are others."""
+    spec = ingests.SPEC.model_copy(update={"identifiers": identifiers})
+    file = home / "raw" / path
+    voxels = gzip.decompress(file.read_bytes())  # after a header of 352 bytes
+    before = gzip.compress(voxels, 0)
+    file.write_bytes(before)
+    old, _ = again(home, monkeypatch, spec)
+    file.write_bytes(gzip.compress(voxels[:352] + voxels[-400:] + voxels[352:-400], 0))
+    assert file.stat().st_size == len(before)
+    new, read = again(home, monkeypatch, spec)
+    (other,) = {
+        session for session in rows(new) if not np.array_equal(rows(new)[session], rows(old)[session])
+    }
+    assert new.id != old.id and read == [other[0]] and trust.verify(new) == []
+    assert new.manifest()["reused"] == {"from": old.id, "sessions": 6, "shards": 1}
+    found, read = again(home, monkeypatch, spec)
+    assert found.id == new.id and read == []
+    file.write_bytes(before)
+    found, read = again(home, monkeypatch, spec)
+    assert found.id == old.id and read == []
+
+
+def test_a_version_half_made_of_other_files_is_begun_anew(
+    home: Path, first: Artefact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = home / "raw" / "sub-003/anat/sub-003_T1w.nii.gz"
+    voxels = gzip.decompress(file.read_bytes())  # after a header of 352 bytes
+    file.write_bytes(gzip.compress(voxels, 0))
+    monkeypatch.setattr(ingest, "_packed", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        ingests.plainly(home / "raw", Machine(store=home / "store"))
+    monkeypatch.undo()
+    file.write_bytes(gzip.compress(voxels[:352] + voxels[-400:] + voxels[352:-400], 0))
+    made, read = again(home, monkeypatch)
+    assert read == ["003"] and trust.verify(made) == []
+    clean = ingests.plainly(home / "raw", Machine(store=home / "clean"))
+    same_rows(made, clean)
 
 
 def test_a_damaged_version_is_not_built_upon(

@@ -56,6 +56,7 @@ class CohortTable:
     notes: tuple[str, ...]
     # Other cohort -> ours -> theirs.
     overlap_ids: Mapping[str, Mapping[str, tuple[str, ...]]] = field(default_factory=dict)
+    times: Mapping[str, int] = field(default_factory=dict)  # of `files`: when each was changed last, in ns
 
     @property
     def missing(self) -> dict[str, int]:
@@ -78,7 +79,8 @@ def scan(
                 "NO_RAW", f"{folder} is no folder; give the one that holds {card.title}: raw.{key}=DIR"
             )
     root = raw.resolve()
-    files = dict(_walk(root))
+    walked = {path: (size, time) for path, size, time in _walk(root)}
+    files = {path: size for path, (size, _) in walked.items()}
     unused: Counter[str] = Counter()
     for layout in card.layouts:
         claimed = _claimed(layout, root, files, progress)
@@ -91,18 +93,19 @@ def scan(
     refused += claimed.refused
     folders = [Folder(root, list(files))]
     if tables:
-        folders.insert(0, Folder(tables.resolve(), [path for path, _ in _walk(tables.resolve())]))
+        folders.insert(0, Folder(tables.resolve(), [path for path, *_ in _walk(tables.resolve())]))
     known = [_known(card, layout, session, claimed.claims) for session in sessions]
     read, notes = clinical.join(card, layout.name, known, folders)
     sessions = tuple(replace(s, values=k.values) for s, k in zip(sessions, known, strict=True))
     used = _identity(sessions, refused, files)
     alike = _near_collisions(s.subject for s in sessions)
     subjects = sorted({s.subject for s in sessions})
-    walked = {overlap.cohort: translate(overlap, subjects, folders) for overlap in card.overlaps}
-    overlap_ids = {other: ids for other, ids in walked.items() if ids is not None}
+    mapped = {overlap.cohort: translate(overlap, subjects, folders) for overlap in card.overlaps}
+    overlap_ids = {other: ids for other, ids in mapped.items() if ids is not None}
     told = (*claimed.notes, *_unused(layout, files, claimed.claims), *_unowned(layout, files, sessions))
-    notes = (*alike, *_off(card, sessions), *told, *notes, *_unmapped(card, walked))
-    return CohortTable(root, layout, sessions, refused, used, read, notes, overlap_ids)
+    notes = (*alike, *_off(card, sessions), *told, *notes, *_unmapped(card, mapped))
+    times = {path: walked[path][1] for path, _ in used}
+    return CohortTable(root, layout, sessions, refused, used, read, notes, overlap_ids, times)
 
 
 def label_of(label: Label, value: Value) -> str | None:
@@ -149,10 +152,10 @@ def _unowned(layout: Layout, files: Mapping[str, int], sessions: tuple[Session, 
         yield f"{len(left)} label maps belong to no scan that is taken, such as {', '.join(sorted(left)[:3])}"
 
 
-def _unmapped(card: Card, walked: Mapping[str, object]) -> Iterator[str]:
+def _unmapped(card: Card, mapped: Mapping[str, object]) -> Iterator[str]:
     """Overlaps whose mapping could not be walked, for want of a table."""
     for overlap in card.overlaps:
-        if overlap.mapping and walked[overlap.cohort] is None:
+        if overlap.mapping and mapped[overlap.cohort] is None:
             names = " and ".join(step.file[0] for step in overlap.mapping)
             yield f"who is also in {overlap.cohort} is not known without {names}; put them beside the tables"
 
@@ -174,17 +177,18 @@ def _off(card: Card, sessions: tuple[Session, ...]) -> Iterator[str]:
 # ---- files ----------------------------------------------------------------------------------------------------------
 
 
-def _walk(root: Path) -> Iterator[tuple[str, int]]:
-    """Relative path and size of every file, in a fixed order. Folders that are links or hidden are not entered."""
+def _walk(root: Path) -> Iterator[tuple[str, int, int]]:
+    """Path, size and time (ns) of every file, in a fixed order. Folders that are links or hidden are not entered."""
     for folder, folders, names in os.walk(root):
         folders[:] = sorted(f for f in folders if not f.startswith("."))
         for name in sorted(names):
             path = os.path.join(folder, name)
             try:
-                size = os.stat(path).st_size
+                found = os.stat(path)
+                size, time = found.st_size, found.st_mtime_ns
             except OSError:
-                size = -1  # a broken link; reading it will say so
-            yield Path(path).relative_to(root).as_posix(), size
+                size, time = -1, 0  # a broken link; reading it will say so
+            yield Path(path).relative_to(root).as_posix(), size, time
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from cranium import cohort, config, place, provisions, series
+from cranium import cohort, place, provisions, series, sources
 from cranium.config import Ingest
 from cranium.place import Where, at
 from cranium.provisions import Provisions
@@ -91,6 +91,10 @@ def session(row: dict[str, Any], job: Job) -> dict[str, Any]:
     record["rejected"] = [
         [*who, *session["scans"][channel][:2], why.code, why.reason] for channel, why in rejected.items()
     ]
+    hashes = {
+        wanted[c].path: v.sha256 for c, v in volumes.items() if not dicom.is_series(job.root / wanted[c].path)
+    }
+    record["content"] = sources.content(job.root, session, hashes)
     place.write(job.record(index), json.dumps(record))
     return {"index": index, "stacks": sum(record["row_groups"])}
 
@@ -144,10 +148,10 @@ def _write_part(
     warnings = [(channel, note) for channel, notes in conformed.notes.items() for note in notes]
     warned = len({channel for channel, _ in warnings})
     warnings += [("segmentation", note) for note in (label_map.notes if label_map else ())]
-    sources = {}
+    origins = {}
     for channel, volume in used.items():
         contrast, path = session["scans"][channel][:2]
-        sources[channel] = {"contrast": contrast, "path": path, "sha256": volume.sha256}
+        origins[channel] = {"contrast": contrast, "path": path, "sha256": volume.sha256}
     ml = None if label_map is None else json.dumps(dict(zip(job.classes, label_map.ml, strict=True)))
     looks = (conformed.volumes, conformed.brain, conformed.grid.affine)
     native = {c: (volume.data, conformed.transforms[c] @ volume.affine) for c, volume in used.items()}
@@ -164,7 +168,7 @@ def _write_part(
         "transforms": json.dumps({c: matrix.tolist() for c, matrix in conformed.transforms.items()}),
         "mask_quality": json.dumps(dict(conformed.quality)),
         "label_ml": ml,
-        "sources": json.dumps(sources),
+        "sources": json.dumps(origins),
         "warnings": json.dumps([{"contrast": c, "code": n.code, "reason": n.reason} for c, n in warnings]),
         "measures": json.dumps(measure.measures(native, spec.channels, *looks)),
         "fingerprint": base64.b64encode(fingerprint.fingerprint(*looks)).decode(),
@@ -190,26 +194,6 @@ def _stacks(spec: Ingest, volumes: NDArray[Any], run: range) -> NDArray[Any]:
 def source(spec: Ingest, channel: str) -> str:
     """The contrast that fills a channel."""
     return {str(k): str(v) for k, v in spec.channel_map.items()}.get(channel, channel)
-
-
-def inputs(root: Path, session: cohort.Session, wanted: dict[str, Any]) -> str:
-    """Fingerprint of what is read for a session: names, and the size and time of every file."""
-    paths = {path for scan in session.scans.values() for path in (scan.path, scan.mask) if path}
-    paths |= {session.segmentation} if session.segmentation else set()
-    asked = {key: value for key, value in wanted.items() if key != "values"}
-    return config.fingerprint([asked, {path: _look(root / path) for path in paths}])
-
-
-def _look(path: Path) -> list[Any] | None:
-    """Size and time of a file, or of all files in the folder of a DICOM series."""
-    try:
-        if dicom.is_series(path):
-            path = Path(dicom.split(str(path))[0])
-            return [[str(p.relative_to(path)), _look(p)] for p in sorted(path.rglob("*")) if not p.is_dir()]
-        stat = path.stat()
-    except OSError:
-        return None
-    return [stat.st_size, stat.st_mtime_ns]
 
 
 def wanted(session: cohort.Session, spec: Ingest, sizes: Mapping[str, int]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cranium import sources
 from cranium.cohort import CohortTable, Refused, Session
 from cranium.config import UserError
 from cranium.patterns import tidy
@@ -232,12 +233,13 @@ def _paths(session: Session) -> set[str]:
 
 
 def cover(
-    records: Sequence[Mapping[str, Any]], sessions: Sequence[Session], names: Names
+    records: Sequence[Mapping[str, Any]], sessions: Sequence[sources.Session], names: Names
 ) -> list[dict[str, Any]]:
     """What was made of each session, with every path under the name that outputs give it."""
     result = []
     for record, session in zip(records, sessions, strict=True):
-        shown = {path: names.path(path, session.subject, session.session) for path in _paths(session)}
+        paths = sources.paths(session.wanted)
+        shown = {path: names.path(path, session.subject, session.session) for path in paths}
         covered = dict(record) | {k: _covered(record[k], shown) for k in ("rejected", "label_map_rejected")}
         if "session" in record:
             covered["session"] = {name: _column(value, shown) for name, value in record["session"].items()}

@@ -13,10 +13,23 @@ import json
 import os
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cranium import cohort, config, conform, identity, place, provisions, series, shardset, store, versions
+from cranium import (
+    cohort,
+    config,
+    conform,
+    identity,
+    place,
+    provisions,
+    series,
+    shardset,
+    sources,
+    store,
+    versions,
+)
 from cranium.cards import Card
 from cranium.config import Compute, Ingest, Machine, UserError
 from cranium.place import Where, at
@@ -92,10 +105,35 @@ def _scan(card: Card, raw: Path, machine: Machine, progress: Progress | None = N
 
 
 def _target(card: Card, spec: Ingest, table: cohort.CohortTable, machine: Machine) -> Artefact:
-    target = store.artefact(machine.store, "ingest", card.name, _key(card, spec, table))
+    """By names and sizes of the files; where one was replaced by another of its size, by the content of its session."""
+    key = _key(card, spec, table)
+    target = _fetched(card, key, machine)
+    if not target.done:
+        return target
+    salt = identity.salt(machine.store) if spec.identifiers == "salted" else None
+    names = identity.Names(card.name, salt)
+    now = [replace(one, subject=names.subject(one.subject)) for one in _wanted(table, spec)]
+    others = versions.replaced(target, now)
+    return _fetched(card, key | {"replaced": others}, machine) if others else target
+
+
+def _fetched(card: Card, key: dict[str, Any], machine: Machine) -> Artefact:
+    target = store.artefact(machine.store, "ingest", card.name, key)
     with place.reachable(_base(target, machine)):
         shardset.fetch(target, _base(target, machine))
     return target
+
+
+def _wanted(table: cohort.CohortTable, spec: Ingest) -> list[sources.Session]:
+    """The sessions that have a scan of a contrast that is asked for."""
+    sizes, listing = series.sizes(table.files), sources.Listing(table)
+    found = []
+    for s in table.sessions:
+        wanted = conform.wanted(s, spec, sizes)
+        if wanted["scans"]:
+            look = listing.look(wanted)
+            found.append(sources.Session(s.subject, s.session, table.root, wanted, look, dict(s.values)))
+    return found
 
 
 def _base(target: Artefact, machine: Machine) -> Where:
@@ -201,34 +239,24 @@ def _make(
     for folder in (job.work, at(base, "shards")):
         if not place.is_remote(folder):
             Path(folder).mkdir(parents=True, exist_ok=True)
-    sizes = series.sizes(table.files)
-    sessions = [(s, wanted) for s in table.sessions if (wanted := conform.wanted(s, spec, sizes))["scans"]]
-    known = [
-        versions.Session(s.subject, s.session, conform.inputs(table.root, s, wanted), dict(s.values))
-        for s, wanted in sessions
-    ]
+    sessions = _wanted(table, spec)
     pixels = _pixels(card, spec, needs.ways)
     earlier = store.find(machine.store, "ingest", card.name)
-    kept = versions.keep(base, earlier, pixels, known, spec.shard_mb << 20)
-    have = place.names(job.work)
+    have = _of_these(job, sessions)
+    kept = versions.keep(base, earlier, pixels, sessions, spec.shard_mb << 20)
     todo = [
-        {"index": i, "session": json.dumps(wanted)}
-        for i, (_, wanted) in enumerate(sessions)
+        {"index": i, "session": json.dumps(one.wanted)}
+        for i, one in enumerate(sessions)
         if i not in kept.records and f"{i:06}.json" not in have
     ]
     _work(todo, conform.session, job, len(sessions), progress, f"{card.name}: sessions read")
     fresh = [i for i in range(len(sessions)) if i not in kept.records]
     read = map(json.loads, place.read_all([job.record(i) for i in fresh]))
     by_index = kept.records | dict(zip(fresh, read, strict=True))
-    records = identity.cover([by_index[i] for i in range(len(sessions))], [s for s, _ in sessions], names)
+    records = identity.cover([by_index[i] for i in range(len(sessions))], sessions, names)
     records = identity.without_copies(records)
     shards = sorted([*kept.shards, *_packed(job, records, have, progress)], key=_first)
-    done = [
-        shardset.Done(
-            one.subject, one.session, one.inputs, {k: v for k, v in record.items() if k not in OURS}
-        )
-        for one, record in zip(known, records, strict=True)
-    ]
+    done = [_done(one, record) for one, record in zip(sessions, records, strict=True)]
     version: dict[str, Any] = {"pixels": pixels, "forgotten": list(names.forgotten)}
     if kept.source:
         version["reused"] = {"from": kept.source, "sessions": len(kept.records), "shards": len(kept.shards)}
@@ -239,6 +267,24 @@ def _make(
     version["identifiers"] = spec.identifiers
     version["overlap_ids"] = table.overlap_ids  # other cohort -> our subject -> theirs, where one is mapped
     shardset.commit(target, base, card, spec, done, shards, refused, table.notes, version)
+
+
+def _of_these(job: conform.Job, sessions: Sequence[sources.Session]) -> Collection[str]:
+    """What an earlier attempt left in `work`; nothing, and it is removed, where that began with other files."""
+    have, mark = place.names(job.work), config.fingerprint([one.look for one in sessions])
+    path = at(job.work, "sources")
+    if "sources" in have and place.read(path).decode() != mark:
+        place.remove([at(job.work, name) for name in have])
+        have = {}
+    place.write(path, mark)
+    return have
+
+
+def _done(one: sources.Session, record: dict[str, Any]) -> shardset.Done:
+    told = [*record["rejected"], *filter(None, [record["label_map_rejected"]])]
+    look = "" if any(row[5] == "IO" for row in told) else one.look
+    of = {key: value for key, value in record.items() if key not in OURS}
+    return shardset.Done(one.subject, one.session, look, record["content"], of)
 
 
 def _packed(
@@ -261,7 +307,7 @@ def _first(entry: dict[str, Any]) -> tuple[str, str]:
     return group["subject"], group["session"]
 
 
-OURS = ("index", "at", "kept")  # of a record, while work goes on
+OURS = ("index", "at", "kept", "content")  # of a record, while work goes on
 
 
 def _pixels(card: Card, spec: Ingest, ways: tuple[str, ...]) -> str:

@@ -12,7 +12,7 @@ import base64
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -54,11 +54,12 @@ TABLES = ("sessions.parquet", "quarantine.parquet", "records.parquet")
 
 @dataclass(frozen=True)
 class Done:
-    """What became of a session: `inputs` says what its files were, `record` what was made of them."""
+    """What became of a session: `look` and `content` say what its files were (`sources.py`), `record` what was made."""
 
     subject: str
     session: str
-    inputs: str
+    look: str  # "" where a file could not be read: then its look says nothing
+    content: str
     record: dict[str, Any]
 
 
@@ -213,13 +214,8 @@ def _sessions_table(card: Card, sessions: list[dict[str, Any]]) -> pa.Table:
 
 
 def _records_table(done: Sequence[Done]) -> pa.Table:
-    rows = [
-        {"subject": d.subject, "session": d.session, "inputs": d.inputs, "record": json.dumps(d.record)}
-        for d in done
-    ]
-    return pa.Table.from_pylist(
-        rows, pa.schema([(name, pa.string()) for name in ("subject", "session", "inputs", "record")])
-    )
+    rows = [asdict(d) | {"record": json.dumps(d.record)} for d in done]
+    return pa.Table.from_pylist(rows, pa.schema([(one.name, pa.string()) for one in fields(Done)]))
 
 
 def write_tables(base: Where, tables: Iterable[pa.Table]) -> dict[str, str]:
@@ -237,12 +233,14 @@ def write_tables(base: Where, tables: Iterable[pa.Table]) -> dict[str, str]:
 
 def records(folder: Path) -> list[Done]:
     """What became of each session of a finished set."""
-    return [Done(**(row | {"record": json.loads(row["record"])})) for row in _read(folder / TABLES[2])]
+    rows: list[dict[str, Any]] = pq.read_table(folder / TABLES[2]).to_pylist()
+    return [Done(**(row | {"record": json.loads(row["record"])})) for row in rows]
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = pq.read_table(path).to_pylist()
-    return rows
+def origins(folder: Path) -> dict[tuple[str, str], tuple[str, str]]:
+    """Look and content of the files of each session of a finished set, by subject and session."""
+    table = pq.read_table(folder / TABLES[2], columns=["subject", "session", "look", "content"])
+    return {(row["subject"], row["session"]): (row["look"], row["content"]) for row in table.to_pylist()}
 
 
 def pack(

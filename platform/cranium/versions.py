@@ -17,23 +17,15 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cranium import place, shardset, store, trust
+from cranium import place, shardset, sources, store, trust
 from cranium.config import UserError
 from cranium.place import Where, at
 from cranium.store import Artefact
 from cranium.volume import privacy, shard
 
+TOUCHED = "touched.json"  # look of a session's files -> another look of the same content
+
 # ---- over an earlier one --------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Session:
-    """A session that is wanted now: `inputs` says what its files are, `values` what the tables say of it."""
-
-    subject: str
-    session: str
-    inputs: str
-    values: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -49,7 +41,7 @@ class Kept:
 
 
 def keep(
-    base: Where, earlier: Iterable[Artefact], pixels: str, sessions: Sequence[Session], limit: int
+    base: Where, earlier: Iterable[Artefact], pixels: str, sessions: Sequence[sources.Session], limit: int
 ) -> Kept:
     """Take over what did not change from the version that has most of it, and remember the choice for a resumed ingest.
 
@@ -80,7 +72,37 @@ def _remembered(where: Where) -> Kept:
     return Kept(known["source"], {int(i): r for i, r in known["records"].items()}, known["shards"])
 
 
-def _unchanged(version: Artefact, pixels: str, sessions: Sequence[Session]) -> dict[int, dict[str, Any]]:
+def replaced(version: Artefact, sessions: Sequence[sources.Session]) -> list[str]:
+    """The content of those sessions whose files are not those that a version was made of, names and sizes apart.
+
+    What has another time alone is read once for its hash; that it is the same is remembered.
+    """
+    known, same = shardset.origins(version.path), _touched(version.path)
+    doubtful = []
+    for wanted in sessions:
+        look, content = known.get((wanted.subject, wanted.session), (wanted.look, ""))
+        if same.get(look, look) != wanted.look:
+            doubtful.append((wanted, look, content))
+    if not doubtful:
+        return []
+    sources.read(wanted for wanted, *_ in doubtful)
+    touched = {look: wanted.look for wanted, look, content in doubtful if look and wanted.content == content}
+    if touched:
+        with contextlib.suppress(OSError):  # a store that cannot be written is looked at again next time
+            place.write(version.path / TOUCHED, json.dumps(same | touched))
+    return sorted(wanted.content for wanted, _, content in doubtful if wanted.content != content)
+
+
+def _touched(folder: Path) -> dict[str, str]:
+    try:
+        return dict(json.loads((folder / TOUCHED).read_text()))
+    except (OSError, ValueError):
+        return {}
+
+
+def _unchanged(
+    version: Artefact, pixels: str, sessions: Sequence[sources.Session]
+) -> dict[int, dict[str, Any]]:
     """Place now -> record of the sessions that a version has with the same files; none when it cannot be trusted."""
     try:
         if version.manifest().get("pixels") != pixels:
@@ -89,15 +111,16 @@ def _unchanged(version: Artefact, pixels: str, sessions: Sequence[Session]) -> d
     except UserError:
         return {}
     known = {(one.subject, one.session): one for one in shardset.records(version.path)}
+    pairs = [(wanted, known.get((wanted.subject, wanted.session))) for wanted in sessions]
+    sources.read(wanted for wanted, one in pairs if one and one.look != wanted.look)
     same = {}
-    for place_now, wanted in enumerate(sessions):
-        one = known.get((wanted.subject, wanted.session))
+    for place_now, (wanted, one) in enumerate(pairs):
         # A copy is one only as long as its original is there, so that is judged anew.
         copy = one is not None and any(row[5] == "DUP_CONTENT" for row in one.record["rejected"])
-        if one is not None and one.inputs == wanted.inputs and not copy:
-            same[place_now] = one.record | {"index": place_now}
+        if one is not None and wanted.is_made_of(one.look, one.content) and not copy:
+            same[place_now] = one.record | {"index": place_now, "content": one.content}
             if one.record["row_groups"]:
-                same[place_now]["session"] = one.record["session"] | wanted.values
+                same[place_now]["session"] = one.record["session"] | dict(wanted.values)
     return same
 
 
