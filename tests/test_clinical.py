@@ -54,7 +54,7 @@ def test_rows_keyed_by_scan(tmp_path: Path) -> None:
     )
     assert values == [{"age": 60.0}, {"age": 62.5}, {"age": None}]
     assert notes == (
-        "1 subjects have no row in t.csv: 00002",
+        "1 subjects have no row in t.csv: <00002>",
         "1 rows of t.csv have ids of another form, such as bad id",
     )
 
@@ -82,8 +82,8 @@ def test_a_cross_sheet_gives_the_key_of_the_next_table_and_is_not_kept(tmp_path:
     )
     assert values == [{"diagnosis": "CN"}, {"diagnosis": None}]
     assert notes == (
-        "1 subjects have no row in list.csv: 003_S_0001",
-        "1 subjects have no row in dx.csv: 003_S_0001",
+        "1 subjects have no row in list.csv: <003_S_0001>",
+        "1 subjects have no row in dx.csv: <003_S_0001>",
     )
 
 
@@ -135,7 +135,7 @@ def test_a_file_for_every_subject(tmp_path: Path) -> None:
     read, notes = clinical.join(card, None, sessions, [Folder(tmp_path, files)])
     assert [s.values["dx"] for s in sessions] == ["CN", "MCI", "AD", None]
     assert [p.name for p in read] == ["sub-01_sessions.tsv", "sub-02_sessions.tsv"]
-    assert notes == ("1 subjects have no row in sub-{subject}/sub-{subject}_sessions.tsv: 03",)
+    assert notes == ("1 subjects have no row in sub-{subject}/sub-{subject}_sessions.tsv: <03>",)
 
 
 # ---- dated visits ---------------------------------------------------------------------------------------------------
@@ -163,14 +163,14 @@ VISITS = "id,days,DX\nS1,0,CN\nS1,400,MCI\nS1,700,AD\nS2,0,CN\nS2,,AD\n"
 def test_the_nearest_visit_within_so_many_days(tmp_path: Path, day: int, dx: str | None) -> None:
     values, notes = joined(tmp_path, [on(day)], DAYS, dx=VISITS)
     assert values == [{"dx": dx}]
-    far = f"1 sessions have no visit within 180 days in dx.csv: S1 d{day:04}"
+    far = f"1 sessions have no visit within 180 days in dx.csv: <S1 d{day:04}>"
     assert notes == (() if dx else (far,))
 
 
 def test_two_visits_equally_near_give_none_unless_they_agree(tmp_path: Path) -> None:
     values, notes = joined(tmp_path, [on(550), on(550, "S3")], DAYS, dx=VISITS + "S3,450,CN\nS3,650,CN\n")
     assert values == [{"dx": None}, {"dx": "CN"}]
-    assert notes == ("1 sessions lie between two visits that differ in dx.csv, none taken: S1 d0550",)
+    assert notes == ("1 sessions lie between two visits that differ in dx.csv, none taken: <S1 d0550>",)
 
 
 def test_visits_that_say_nothing_are_passed_over(tmp_path: Path) -> None:

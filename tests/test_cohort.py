@@ -100,7 +100,7 @@ def test_folders_that_are_links_are_not_entered(tmp_path: Path) -> None:
 def test_near_collisions_are_said(tmp_path: Path) -> None:
     root = tree(tmp_path, *(f"sub-{s}/anat/sub-{s}_T1w.nii.gz" for s in ("1", "01", "10", "2")))
     (note,) = cohort.scan(card(), root).notes
-    assert "01, 1 " in note and "10" not in note
+    assert "<01>, <1> " in note and "10" not in note
 
 
 def test_a_wrong_folder_is_one_clear_line(tmp_path: Path) -> None:
@@ -162,7 +162,7 @@ def test_missing_tables_and_rows(tmp_path: Path) -> None:
     tree(tmp_path, table=b"participant_id\tage\nsub-01\t5\n")
     found = cohort.scan(card(columns={"age": "age"}), root)
     assert found.sessions[1].values == {"age": None}
-    assert found.notes == ("1 subjects have no row in participants.tsv: 02",)
+    assert found.notes == ("1 subjects have no row in participants.tsv: <02>",)
     assert error(lambda: cohort.scan(card(file="../up.tsv", columns={}), root), "PATH_ESCAPE")
 
 

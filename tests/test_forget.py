@@ -18,7 +18,7 @@ import pytest
 from safetensors.numpy import save_file
 
 import phantoms
-from cranium import checkpoint, cli, forget, identity, ingest, place, pretrain, store, track, trust
+from cranium import checkpoint, cli, forget, identity, ingest, naming, place, pretrain, store, track, trust
 from cranium.cards import Card
 from cranium.config import Ingest, Machine, UserError, fingerprint
 from cranium.store import Artefact
@@ -228,7 +228,7 @@ def test_no_byte_is_left_and_all_else_stays(
 ) -> None:
     ours, before = home["ours"], rows(home["ours"])
     others = {n: [p.read_bytes() for p in sorted(home[n].path.rglob("*.*"))] for n in ("theirs", "untouched")}
-    key = identity.subject_key(identity.salt(machine.store), "phantom", WHO)
+    key = naming.subject_key(identity.salt(machine.store), "phantom", WHO)
     assert len(holding(machine.store, {WHO})) > 8
     done = forget.forget(machine, "phantom", WHO)
     assert holding(machine.store, {WHO, key}) == []
@@ -305,7 +305,7 @@ def test_under_salted_names_and_in_every_version(raw: Path, machine: Machine) ->
     for path in sorted((more / "phantom/sub-005").rglob("*004*")):
         path.rename(path.with_name(path.name.replace("004", "005")))
     second = ingested(more, machine)
-    key = identity.subject_key(identity.salt(machine.store), "phantom", WHO)
+    key = naming.subject_key(identity.salt(machine.store), "phantom", WHO)
     assert len(holding(machine.store, {WHO, key})) >= 9
     done = forget.forget(machine, "phantom", WHO)
     assert set(done.rewritten) == {salted.id, first.id, second.id}

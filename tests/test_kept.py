@@ -15,7 +15,20 @@ from rich.console import Console
 
 import dicoms
 import phantoms
-from cranium import cohort, conform, flow, forget, identity, ingest, place, series, shardset, store, trust
+from cranium import (
+    cohort,
+    conform,
+    flow,
+    forget,
+    identity,
+    ingest,
+    naming,
+    place,
+    series,
+    shardset,
+    store,
+    trust,
+)
 from cranium.cards import Card, Overlap
 from cranium.config import Experiment, Ingest, Machine
 from cranium.store import Artefact
@@ -175,7 +188,7 @@ def test_salted_names_cover_label_maps_and_files_of_no_use(tree: Path) -> None:
 def test_salted_names_cover_the_series_that_a_reason_names(tmp_path: Path) -> None:
     scans = {"T1w": cohort.Scan("T1w", "A_1/2001-02-03/t1", None)}
     refused = cohort.Refused(
-        "A_1", "", "T1w", "A_1/copy", "DUP_ID", "the same series lies in A_1/2001-02-03/t1, which was taken"
+        "A_1", "", "T1w", "A_1/copy", "DUP_ID", "the same series lies in <A_1/2001-02-03/t1>, which was taken"
     )
     found = cohort.CohortTable(
         tmp_path,
@@ -184,13 +197,13 @@ def test_salted_names_cover_the_series_that_a_reason_names(tmp_path: Path) -> No
         (refused,),
         (("A_1/2001-02-03/t1/1.dcm", 5),),
         (),
-        ("3 rows of t.csv have ids of another form, such as DOE, JANE", "A_1_x and A_1 are alike"),
+        ("3 rows of t.csv have ids of another form, such as DOE, JANE", "<A_1_x> and <A_1> are alike"),
     )
-    covered, names = identity.admit(found, "mine", True, tmp_path / "store", "x")
-    key = names.subject("A_1")
-    assert covered.notes == ("3 rows of t.csv have ids of another form", f"{key}_x and {key} are alike")
+    covered, called = naming.admit(found, "mine", True, tmp_path / "store", "x")
+    key = called.subject("A_1")
+    assert covered.notes == ("3 rows of t.csv have ids of another form", f"<...> and <{key}> are alike")
     (row,) = covered.refused
-    assert row.path.startswith(f"{key}/") and f"lies in {key}/" in row.reason
+    assert row.path.startswith(f"{key}/") and f"lies in <{key}/" in row.reason
     assert "2001" not in row.reason and "copy" not in row.path
 
 
@@ -210,9 +223,9 @@ def test_who_is_forgotten_is_named_by_no_mapping(tmp_path: Path) -> None:
     )
     for name, subject in (("mine", "A1"), ("other", "B9")):
         identity.remember_forgotten(at, identity.forgotten_key(at, name, subject))
-    plain, _ = identity.admit(found, "mine", False, at, "x")
+    plain, _ = naming.admit(found, "mine", False, at, "x")
     assert plain.overlap_ids == {"other": {"A2": ("B8",)}} and plain.notes == ()
-    salted, _ = identity.admit(found, "mine", True, at, "x")
+    salted, _ = naming.admit(found, "mine", True, at, "x")
     assert [len(theirs) for theirs in salted.overlap_ids["other"].values()] == [1]
 
 

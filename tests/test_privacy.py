@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import phantoms
-from cranium import cohort, identity, patterns
+from cranium import cohort, identity, naming, patterns
 from cranium.config import UserError
 from cranium.volume import nifti, privacy
 from cranium.volume.quality import Rejected
@@ -231,9 +231,9 @@ def test_one_salt_for_all_who_ask_at_once(tmp_path: Path) -> None:
 
 
 def test_keys_need_the_salt() -> None:
-    a, b = (identity.subject_key(bytes([k]) * 32, "adni", "002_S_0413") for k in (1, 2))
+    a, b = (naming.subject_key(bytes([k]) * 32, "adni", "002_S_0413") for k in (1, 2))
     assert a != b and len(a) == 16 and int(a, 16) >= 0
-    assert a != identity.subject_key(b"\1" * 32, "adni", "002_S_041") and a != identity.subject_key(
+    assert a != naming.subject_key(b"\1" * 32, "adni", "002_S_041") and a != naming.subject_key(
         b"\1" * 32, "adn", "i002_S_0413"
     )
 
@@ -251,14 +251,14 @@ def test_people_in_two_collections_are_named_alike_under_keys(tmp_path: Path) ->
         (),
         {"other": {"A1": ("B7",), "A2": ("B8", "B9")}},
     )
-    plain, _ = identity.admit(table, "mine", False, tmp_path / "store", "x")
+    plain, _ = naming.admit(table, "mine", False, tmp_path / "store", "x")
     assert plain.overlap_ids == table.overlap_ids
-    keyed, _ = identity.admit(table, "mine", True, tmp_path / "store", "x")
+    keyed, _ = naming.admit(table, "mine", True, tmp_path / "store", "x")
     secret = identity.salt(tmp_path / "store")
-    key = {s: identity.subject_key(secret, "mine", s) for s in ("A1", "A2")}
+    key = {s: naming.subject_key(secret, "mine", s) for s in ("A1", "A2")}
     assert keyed.overlap_ids == {
         "other": {
-            key["A1"]: (identity.subject_key(secret, "other", "B7"),),
-            key["A2"]: tuple(identity.subject_key(secret, "other", s) for s in ("B8", "B9")),
+            key["A1"]: (naming.subject_key(secret, "other", "B7"),),
+            key["A2"]: tuple(naming.subject_key(secret, "other", s) for s in ("B8", "B9")),
         }
     }

@@ -148,7 +148,7 @@ def _oasis_sessions(t1w: str) -> dict[tuple[str, str], Found]:
     }
 
 
-OASIS_NOTE = "1 sessions have no visit within 180 days in OASIS3_UDSd1_diagnoses.csv: OAS30002 d0653"
+OASIS_NOTE = "1 sessions have no visit within 180 days in OASIS3_UDSd1_diagnoses.csv: <OAS30002 d0653>"
 
 
 def oasis3(root: Path) -> Expected:
@@ -237,8 +237,8 @@ def nacc(root: Path) -> Expected:
             ("NACC999999", "01"): Found(("T2w",), {"diagnosis": None}),
         },
         notes=(
-            "1 subjects have no row in investigator_mri_nacc72.csv: NACC999999",
-            "1 subjects have no row in investigator_ftldlbd_nacc72.csv: NACC999999",
+            "1 subjects have no row in investigator_mri_nacc72.csv: <NACC999999>",
+            "1 subjects have no row in investigator_ftldlbd_nacc72.csv: <NACC999999>",
         ),
     )
 
@@ -292,7 +292,7 @@ def adni_nifti(root: Path) -> Expected:
             ),
         },
         "loni_nifti",
-        ("1 sessions have no visit within 183 days in DXSUM_16Nov2024.csv: 003_S_0908 2006-10-20",),
+        ("1 sessions have no visit within 183 days in DXSUM_16Nov2024.csv: <003_S_0908 2006-10-20>",),
     )
 
 
@@ -478,7 +478,7 @@ def adni(root: Path) -> Expected:
         "loni",
         (
             "1 sessions lie between two visits that differ in All_Subjects_DXSUM_26Sep2024.csv, none taken: "
-            "005_S_0221 2006-01-10",
+            "<005_S_0221 2006-01-10>",
             "AGENT_SILENT, 4 DICOM series",
         ),
         refused=(("LOCALIZER", "I100001"),),
@@ -519,8 +519,8 @@ def aibl(root: Path) -> Expected:
         },
         "loni",
         (
-            "1 subjects have no row in aibl_mri3meta_01-Jun-2018.csv: 12",
-            "1 subjects have no row in aibl_mrimeta_01-Jun-2018.csv: 5",
+            "1 subjects have no row in aibl_mri3meta_01-Jun-2018.csv: <12>",
+            "1 subjects have no row in aibl_mrimeta_01-Jun-2018.csv: <5>",
             "*.csv is missing with columns Subject, Acq Date, Age, so age are absent",
             "AGENT_SILENT, 3 DICOM series",
         ),
@@ -566,7 +566,7 @@ def nifd(root: Path) -> Expected:
             ),
         },
         "loni",
-        ("1 subjects have no row in nifd_9_01_2020.csv: 3_S_0023", "AGENT_SILENT, 2 DICOM series"),
+        ("1 subjects have no row in nifd_9_01_2020.csv: <3_S_0023>", "AGENT_SILENT, 2 DICOM series"),
     )
 
 
@@ -663,7 +663,7 @@ def brats2020(root: Path) -> Expected:
         for case, (grade, seg, age) in found.items()
     }
     notes = (
-        "2 subjects have no row in survival_info.csv: BraTS20_Training_355, BraTS20_Training_369",
+        "2 subjects have no row in survival_info.csv: <BraTS20_Training_355>, <BraTS20_Training_369>",
         "who is also in ucsf_pdgm is not known without BraTS2023_2017_GLI_Mapping.xlsx and UCSF-PDGM-metadata_v5.csv",
     )
     shared = {"upenn_gbm": {"BraTS20_Training_001": ("00011",)}}

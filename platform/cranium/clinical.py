@@ -18,6 +18,7 @@ from cranium.cards import Card, Column, Table, Visit
 from cranium.config import UserError
 from cranium.patterns import matching, tidy
 from cranium.tables import ABSENT, Cells, Folder, find, read
+from cranium.volume.quality import named
 
 Value = str | float | None
 FLOATS = ("age", "gestational_age")  # our columns that are held as numbers
@@ -37,7 +38,7 @@ class Known:
     values: dict[str, Value] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        return f"{self.subject} {self.session}".rstrip()
+        return named(f"{self.subject} {self.session}".rstrip())
 
 
 def same(raw: str, value: str | float) -> bool:
@@ -209,7 +210,7 @@ class _Join:
         name = self.table.file[0] if self.table.each else self.files[""].name
         if self.without:
             who = list(dict.fromkeys(s.subject for s in self.without))
-            yield f"{len(who)} subjects have no row in {name}: {_some(who)}"
+            yield f"{len(who)} subjects have no row in {name}: {_some(map(named, who))}"
         if self.far and self.table.visit:
             days = self.table.visit.within_days
             yield f"{len(self.far)} sessions have no visit within {days} days in {name}: {_some(map(str, self.far))}"

@@ -18,6 +18,7 @@ from cranium.config import UserError
 from cranium.patterns import Match, belongs, matching
 from cranium.series import Refused
 from cranium.tables import Folder, translate
+from cranium.volume.quality import named
 
 __all__ = ["FLOATS", "CohortTable", "Refused", "Scan", "Session", "Value", "label_of", "scan"]
 
@@ -253,9 +254,7 @@ def _sessions(
         chosen, repeats = _chosen(layout, every)
         for other in every:
             if other.path not in {chosen.path, *(m.path for m in repeats)}:
-                reason = (
-                    f"{chosen.path} is the {contrast} of the same subject, session and run, and was taken"
-                )
+                reason = f"{named(chosen.path)} is the {contrast} of the same subject, session and run, and was taken"
                 refused.append(Refused(subject, session, contrast, other.path, "DUP_ID", reason))
         note = _choice(layout, chosen, 1 + len(repeats)) if repeats else None
         mask = next(filter(None, (b.file_of(chosen.fields, contrast) for b in beside)), None)
@@ -277,10 +276,10 @@ def _chosen(layout: Layout, every: list[Match]) -> tuple[Match, list[Match]]:
 def _choice(layout: Layout, chosen: Match, number: int) -> str:
     which = ("lowest", "first") if layout.repeats == "first" else ("highest", "last")
     if layout.format == "dicom":
-        return f"{chosen.path} taken of {number} series: the {which[1]} of the best kind"
-    if "run" in chosen.fields:
-        return f"run {chosen.fields['run']} taken of {number}: the {which[0]}"
-    return f"{chosen.path.rsplit('/', 1)[-1]} taken of {number}: the {which[1]} by run and name"
+        return f"{named(chosen.path)} taken of {number} series: the {which[1]} of the best kind"
+    if (run := chosen.fields.get("run", "")).isdigit():
+        return f"run {run} taken of {number}: the {which[0]}"
+    return f"{named(chosen.path)} taken of {number}: the {which[1]} by run and name"
 
 
 class _Beside:
@@ -318,4 +317,4 @@ def _near_collisions(subjects: Iterator[str]) -> Iterator[str]:
         alike[re.sub(r"(?<!\d)0+(?=\d)", "", subject.casefold())].add(subject)
     for names in alike.values():
         if len(names) > 1:
-            yield f"subjects {', '.join(sorted(names))} have nearly the same name; are they one person?"
+            yield f"subjects {', '.join(map(named, sorted(names)))} have nearly the same name; are they one person?"

@@ -20,7 +20,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from cranium import identity, place, shardset, store, track, versions
+from cranium import identity, naming, place, shardset, store, track, versions
 from cranium.config import Machine, UserError, fingerprint
 from cranium.patterns import tidy
 from cranium.store import Artefact
@@ -140,7 +140,7 @@ def traces(machine: Machine, cohort: str, subject: str) -> list[str]:
 
 def _named(folder: Path, cohort: str, subject: str) -> _Subject:
     plain = tidy(subject)
-    key = identity.subject_key(identity.salt(folder), cohort, plain)
+    key = naming.subject_key(identity.salt(folder), cohort, plain)
     return _Subject(cohort, frozenset((plain, key)), identity.forgotten_key(folder, cohort, plain))
 
 
@@ -284,6 +284,7 @@ def _private_names(folder: Path, who: _Subject) -> None:
         keys = {key for subject, key in names["subjects"].items() if subject in who.names} & who.names
         if keys:
             names["subjects"] = {s: k for s, k in names["subjects"].items() if k not in keys}
+            names["sessions"] = {k: s for k, s in names["sessions"].items() if k not in keys}
             names["paths"] = {p: s for p, s in names["paths"].items() if s.partition("/")[0] not in keys}
             identity.write_private(path, names)
 

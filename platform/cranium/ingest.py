@@ -22,6 +22,7 @@ from cranium import (
     config,
     conform,
     identity,
+    naming,
     place,
     provisions,
     series,
@@ -111,8 +112,11 @@ def _target(card: Card, spec: Ingest, table: cohort.CohortTable, machine: Machin
     if not target.done:
         return target
     salt = identity.salt(machine.store) if spec.identifiers == "salted" else None
-    names = identity.Names(card.name, salt)
-    now = [replace(one, subject=names.subject(one.subject)) for one in _wanted(table, spec)]
+    who = naming.shown(table, naming.Names(card.name, salt))
+    now = []
+    for one in _wanted(table, spec):
+        subject, session = who[one.subject, one.session]
+        now.append(replace(one, subject=subject, session=session))
     others = versions.replaced(target, now)
     return _fetched(card, key | {"replaced": others}, machine) if others else target
 
@@ -234,7 +238,7 @@ def _make(
     progress: Progress,
 ) -> None:
     salted = spec.identifiers == "salted"
-    table, names = identity.admit(table, card.name, salted, machine.store, target.path.name)
+    table, called = naming.admit(table, card.name, salted, machine.store, target.path.name)
     job = conform.Job(card.name, table.root, base, spec, dict(card.segmentation), needs)
     for folder in (job.work, at(base, "shards")):
         if not place.is_remote(folder):
@@ -253,11 +257,11 @@ def _make(
     fresh = [i for i in range(len(sessions)) if i not in kept.records]
     read = map(json.loads, place.read_all([job.record(i) for i in fresh]))
     by_index = kept.records | dict(zip(fresh, read, strict=True))
-    records = identity.cover([by_index[i] for i in range(len(sessions))], sessions, names)
+    records = naming.cover([by_index[i] for i in range(len(sessions))], sessions, called)
     records = identity.without_copies(records)
     shards = sorted([*kept.shards, *_packed(job, records, have, progress)], key=_first)
     done = [_done(one, record) for one, record in zip(sessions, records, strict=True)]
-    version: dict[str, Any] = {"pixels": pixels, "forgotten": list(names.forgotten)}
+    version: dict[str, Any] = {"pixels": pixels, "forgotten": list(called.forgotten)}
     if kept.source:
         version["reused"] = {"from": kept.source, "sessions": len(kept.records), "shards": len(kept.shards)}
     channels = {conform.source(spec, channel) for channel in spec.channels}

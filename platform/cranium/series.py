@@ -23,7 +23,7 @@ from cranium.volume import dicom
 from cranium.volume.contrast import Decision, classify
 from cranium.volume.folder import read_header
 from cranium.volume.headers import Header
-from cranium.volume.quality import ASIDE, NOTES, Rejected
+from cranium.volume.quality import ASIDE, NOTES, Rejected, named
 
 Progress = Callable[[int, int, str], None]
 Key = tuple[str, str, str]  # subject, session, contrast
@@ -214,7 +214,7 @@ def _ordered(contrast: str, group: list[_Series], refused: list[Refused]) -> lis
         earlier = seen.setdefault((one.header.uid, one.header.echo), one.path)
         if earlier != one.path:
             refused.append(
-                one.refusal("DUP_ID", f"the same series lies in {earlier}, which was taken", contrast)
+                one.refusal("DUP_ID", f"the same series lies in {named(earlier)}, which was taken", contrast)
             )
             continue
         rank = len(claims) + 1

@@ -59,7 +59,7 @@ def test_the_next_way_serves_where_one_gives_nothing(tree: Path) -> None:
     scans, rejected = read(tree, {"supplied": None, "otsu": None}, {"T1w": "broken.nii.gz"})
     assert not rejected and scans["T1w"].source == "otsu"
     assert codes(scans["T1w"]) == ["MASK_UNUSED", "MASK_FALLBACK"]
-    assert "its brain mask broken.nii.gz" in scans["T1w"].notes[0].reason
+    assert "its brain mask <broken.nii.gz>" in scans["T1w"].notes[0].reason
     _, rejected = read(tree, {"supplied": None}, {"T1w": "broken.nii.gz"})
     assert {reason.code for reason in rejected.values()} == {"NOT_NIFTI"}
     _, rejected = read(tree, {"supplied": None})

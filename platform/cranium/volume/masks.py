@@ -15,7 +15,7 @@ import SimpleITK as sitk
 from numpy.typing import NDArray
 
 from cranium.volume.nifti import Volume, to_ras
-from cranium.volume.quality import Note, Rejected
+from cranium.volume.quality import Note, Rejected, named
 from cranium.volume.slices import nearest
 
 Affine = NDArray[np.float64]
@@ -128,7 +128,7 @@ class Chain:
         if path is None:
             raise Rejected("MASK_MISSING", "no mask where the card says; or add to ingest.mask, e.g. otsu")
         if path != self.paths.get(channel):
-            notes += (Note("MASK_SHARED", path),)
+            notes += (Note("MASK_SHARED", named(path)),)
         mask = self._once(path, lambda: self._supplied(path))
         told = tuple(replace(note, reason=f"its brain mask: {note.reason}") for note in self._told[path])
         return _joined(volume, mask, notes + told, "supplied")
@@ -153,7 +153,7 @@ class Chain:
             self._told[path] = found.notes
             return _brain(found)
         except Rejected as reason:
-            raise Rejected(reason.code, f"its brain mask {path}: {reason.reason}") from reason
+            raise Rejected(reason.code, f"its brain mask {named(path)}: {reason.reason}") from reason
 
 
 def _by(way: str, segment: Segment, scan: Volume, name: str) -> tuple[NDArray[np.bool_], Affine]:

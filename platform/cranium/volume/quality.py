@@ -5,6 +5,7 @@ Every scan ends as accepted, accepted with notes, or rejected with one code; the
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -87,6 +88,17 @@ NOTES: Mapping[str, str] = {
     "AGENT_SILENT": "T1w because nothing in its study tells of contrast agent before it",
     "FILES_IGNORED": "files beside a DICOM series, or copies of its images, were left out",
 }
+
+
+NAMED = re.compile(r"<[^<>]*>")
+
+
+def named(name: str) -> str:
+    """A path or an id as notes and reasons write it: in angle brackets, in which they write nothing else.
+
+    So it can be found whole, and be replaced by what outputs call it.
+    """
+    return f"<{name.translate({ord('<'): '%3C', ord('>'): '%3E'})}>"
 
 
 class Rejected(Exception):
