@@ -319,6 +319,35 @@ def test_a_moved_contrast_is_brought_back_and_its_way_recorded(tree: Path) -> No
     np.testing.assert_array_equal(json.loads(first["transforms"])["T1w"], np.eye(4))
 
 
+# ---- how it was acquired --------------------------------------------------------------------------------------------
+
+
+def test_a_sidecar_tells_the_scanner_and_nobody(tree: Path) -> None:
+    """Per contrast: numbers and closed words, no date, place or free text; another sidecar is noticed."""
+    path = tree / "sub-002/anat/sub-002_T1w.json"
+    told = {"MagneticFieldStrength": 3, "Manufacturer": "Siemens", "RepetitionTime": 2.3, "EchoTime": 0.00298}
+    secret = {
+        "AcquisitionDateTime": "2006-10-20T10:15:00",
+        "DeviceSerialNumber": "45678",
+        "InstitutionName": "Mayo",
+        "SeriesDescription": "MPRAGE Jane",
+        "ManufacturersModelName": "Jane.Doe@clinic",
+        "StationName": "MRC45678",
+    }
+    path.write_text(json.dumps(told | secret))
+    (tree / "sub-003/anat/sub-003_T1w.json").write_text("{")
+    done = made(tree)
+    found = {subject: json.loads(row["acquisition"]) for subject, row in sessions(done).items()}
+    siemens = {"field_tesla": 3.0, "manufacturer": "Siemens", "tr_ms": 2300.0, "te_ms": 2.98}
+    assert found["002"] == {"T1w": siemens, "T2w": {}, "FLAIR": {}}
+    assert found["001"] == found["003"] == {"T1w": {}, "T2w": {}, "FLAIR": {}}
+    held = repr(pq.read_table(done.path / "sessions.parquet").drop_columns(["fingerprint"]).to_pylist())
+    assert not [word for word in ("2006", "45678", "Mayo", "Jane", "clinic", "MPRAGE") if word in held]
+    path.write_text(path.read_text().replace("2.3", "2.4"))  # as long as before
+    again = made(tree)
+    assert again.id != done.id and json.loads(sessions(again)["002"]["acquisition"])["T1w"]["tr_ms"] == 2400.0
+
+
 # ---- refused before it begins ---------------------------------------------------------------------------------------
 
 

@@ -16,7 +16,7 @@ WANTED: dict[str, Any] = {
 
 def tree(root: Path) -> Path:
     """A DICOM series of two files beside a scan, its mask and a label map."""
-    for name in ("a/1.dcm", "a/2.dcm", "b/t2.nii", "b/mask.nii", "c/labels.nii"):
+    for name in ("a/1.dcm", "a/2.dcm", "b/t2.nii", "b/mask.nii", "c/labels.nii", "b/t2.json"):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(name)
     return root
@@ -34,7 +34,7 @@ def test_every_file_of_a_session_counts(tmp_path: Path) -> None:
     root = tree(tmp_path)
     assert sources.paths(WANTED) == ["a", "b/mask.nii", "b/t2.nii", "c/labels.nii"]
     seen, held = {look(root)}, {sources.content(root, WANTED)}
-    for number, name in enumerate(("a/2.dcm", "b/t2.nii", "b/mask.nii", "c/labels.nii"), 2):
+    for number, name in enumerate(("a/2.dcm", "b/t2.nii", "b/mask.nii", "c/labels.nii", "b/t2.json"), 2):
         os.utime(root / name, (1, 1))
         seen.add(look(root))
         assert sources.content(root, WANTED) in held

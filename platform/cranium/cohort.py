@@ -9,7 +9,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from cranium import clinical, series
 from cranium.cards import Card, Label, Layout
@@ -18,6 +18,7 @@ from cranium.config import UserError
 from cranium.patterns import Match, belongs, matching
 from cranium.series import Refused
 from cranium.tables import Folder, translate
+from cranium.volume import sidecar
 from cranium.volume.quality import named
 
 __all__ = ["FLOATS", "CohortTable", "Refused", "Scan", "Session", "Value", "label_of", "scan"]
@@ -308,6 +309,7 @@ def _identity(
         used |= {session.segmentation} - {None}  # type: ignore[arg-type]
         for found in session.scans.values():
             used |= {found.path, found.mask} - {None}  # type: ignore[arg-type]
+    used |= {beside for path in used if (beside := str(sidecar.beside(PurePosixPath(path)))) in files}
     return tuple(series.identity(used, files))
 
 

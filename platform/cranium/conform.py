@@ -169,6 +169,7 @@ def _write_part(
         "mask_quality": json.dumps(dict(conformed.quality)),
         "label_ml": ml,
         "sources": json.dumps(origins),
+        "acquisition": json.dumps({channel: dict(volume.acquisition) for channel, volume in used.items()}),
         "warnings": json.dumps([{"contrast": c, "code": n.code, "reason": n.reason} for c, n in warnings]),
         "measures": json.dumps(measure.measures(native, spec.channels, *looks)),
         "fingerprint": base64.b64encode(fingerprint.fingerprint(*looks)).decode(),

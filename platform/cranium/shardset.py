@@ -43,6 +43,7 @@ RECORD = {  # columns of sessions.parquet beside those of the card; a string hol
     "mask_quality": pa.string(),  # of each channel: source, ml, border_cm2, dice
     "label_ml": pa.string(),  # of each class of the label map, in the slices kept; null without one
     "sources": pa.string(),  # of each channel: contrast, path, sha256
+    "acquisition": pa.string(),  # of each channel: scanner, field strength, TR, TE, ..., as far as its sidecar says
     "warnings": pa.string(),
     "measures": pa.string(),  # of the pixels, for the quality page (volume/measure.py)
     "fingerprint": pa.binary(),  # that tells the same head in another collection (volume/fingerprint.py)

@@ -10,15 +10,15 @@ from __future__ import annotations
 import os
 import stat
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from cranium import cohort, config, place
-from cranium.volume import dicom
+from cranium.volume import dicom, sidecar
 
 THREADS = 8  # that read files for their hash
 
@@ -58,19 +58,28 @@ class Listing:
 
     def look(self, wanted: Mapping[str, Any]) -> str:
         """Fingerprint of which files a session has, of their sizes and times."""
-        files = (file for path in paths(wanted) for file in self.folders.get(dicom.split(path)[0], [path]))
+        files = (
+            file for path in _with_sidecars(wanted) for file in self.folders.get(dicom.split(path)[0], [path])
+        )
         return config.fingerprint([_asked(wanted), [self.stamps.get(file) for file in files]])
 
 
 def paths(wanted: Mapping[str, Any]) -> list[str]:
-    """What is read for a session: its scans, their masks, its label map."""
+    """What is read for a session: its scans, their masks, its label map; not the sidecars beside them."""
     found = {path for scan in wanted["scans"].values() for path in scan[1:3]} | {wanted["segmentation"]}
     return sorted(found - {None})
 
 
+def _with_sidecars(wanted: Mapping[str, Any]) -> Iterator[str]:
+    for path in paths(wanted):
+        yield path
+        if path.endswith((".nii", ".nii.gz")):
+            yield str(sidecar.beside(PurePosixPath(path)))
+
+
 def content(root: Path, wanted: Mapping[str, Any], known: Mapping[str, str] | None = None) -> str:
     """Fingerprint of which files a session has, and of their bytes. `known`: SHA-256 of those read already, by path."""
-    hashes = {path: (known or {}).get(path) or _hash(root / path) for path in paths(wanted)}
+    hashes = {path: (known or {}).get(path) or _hash(root / path) for path in _with_sidecars(wanted)}
     return config.fingerprint([_asked(wanted), hashes])
 
 

@@ -19,7 +19,7 @@ from pydicom.uid import RLELossless
 
 import dicoms
 import phantoms
-from cranium.volume import dicom, folder
+from cranium.volume import dicom, folder, sidecar
 from cranium.volume.headers import parse
 from cranium.volume.nifti import Volume, to_ras
 from cranium.volume.quality import Rejected
@@ -373,4 +373,4 @@ def test_sidecars_are_reviewed_value_by_value() -> None:
         "AcquisitionTime": "10:15:00",
         "DeviceSerialNumber": "1",
     }
-    assert dicom.reviewed(hostile) == {"field_tesla": 3.0}
+    assert sidecar.reviewed(hostile) == {"field_tesla": 3.0}

@@ -10,12 +10,11 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import math
 import re
 import resource
 import subprocess
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from numpy.typing import NDArray
 
 from cranium.volume import folder as folders
 from cranium.volume import nifti
+from cranium.volume import sidecar as sidecars
 from cranium.volume.headers import Plane, parse
 from cranium.volume.nifti import Volume
 from cranium.volume.quality import Note, Rejected
@@ -46,22 +46,6 @@ OPTIONS = (
     *("-x", "i", "-i", "n", "-l", "o", "-d", "0"),  # no cropping, no turning, the numbers as they are
     *("-g", "i"),  # nothing from a file of defaults in somebody's home
 )
-NUMBERS: Mapping[
-    str, tuple[str, float, float]
-] = {  # of the sidecar -> our name, unit, largest sensible value
-    "MagneticFieldStrength": ("field_tesla", 1, 20),
-    "RepetitionTime": ("tr_ms", 1000, 60_000),
-    "EchoTime": ("te_ms", 1000, 2_000),
-    "InversionTime": ("ti_ms", 1000, 20_000),
-    "FlipAngle": ("flip_degrees", 1, 360),
-}
-CODES: Mapping[str, tuple[str, str]] = {  # -> our name, the form a value must have
-    "Manufacturer": ("manufacturer", "Siemens|GE|Philips|Canon|Toshiba|Hitachi|UIH|Bruker|Mediso"),
-    "ManufacturersModelName": ("model", r"(?!.*\d{5})[A-Za-z][A-Za-z0-9 .+_/-]{0,39}"),
-    "MRAcquisitionType": ("dimension", "2D|3D"),
-    "ScanningSequence": ("scanning", r"[A-Z]{2}(\\[A-Z]{2})*"),
-    "SequenceVariant": ("variant", r"[A-Z0-9]{2,4}(\\[A-Z0-9]{2,4})*"),
-}
 _NAME = re.compile(r"(.*)#([0-9a-f]{12})(?:@(\d+(?:\.\d+)?))?", re.DOTALL)
 
 
@@ -112,24 +96,9 @@ def convert(path: Path, root: Path, max_bytes: int = nifti.MAX_BYTES) -> Volume:
         made, sidecar = _made(target, echo)
         volume = _agreed(nifti.read(made, max_bytes=max_bytes, phi="ignore"), affine, shape)
     ignored = (Note("FILES_IGNORED", f"{files.ignored} files"),) if files.ignored else ()
-    return replace(volume, sha256=files.sha256, notes=volume.notes + ignored, acquisition=reviewed(sidecar))
-
-
-def reviewed(sidecar: Mapping[str, Any]) -> dict[str, str | float]:
-    """What may be kept of a sidecar: numbers of the sequence, and codes of a closed form. Everything else is dropped.
-
-    dcm2niix leaves, even when asked to leave out identity, times, descriptions, stations and comments.
-    """
-    kept: dict[str, str | float] = {}
-    for theirs, (ours, unit, largest) in NUMBERS.items():
-        value = sidecar.get(theirs)
-        if isinstance(value, int | float) and math.isfinite(value) and 0 < value * unit <= largest:
-            kept[ours] = round(float(value * unit), 4)
-    for theirs, (ours, form) in CODES.items():
-        value = sidecar.get(theirs)
-        if isinstance(value, str) and re.fullmatch(form, value):
-            kept[ours] = value
-    return kept
+    return replace(
+        volume, sha256=files.sha256, notes=volume.notes + ignored, acquisition=sidecars.reviewed(sidecar)
+    )
 
 
 def lattice(planes: Sequence[Plane]) -> tuple[NDArray[np.float64], tuple[int, int, int]]:

@@ -23,7 +23,7 @@ from isal import isal_zlib
 from numpy.typing import NDArray
 
 from cranium.volume import header as headers
-from cranium.volume import privacy
+from cranium.volume import privacy, sidecar
 from cranium.volume.header import Header
 from cranium.volume.header import Orientation as Orientation
 from cranium.volume.quality import Note, Rejected
@@ -49,7 +49,9 @@ class Volume:
     affine: NDArray[np.float64]
     notes: tuple[Note, ...]
     sha256: str  # of the file's bytes
-    acquisition: Mapping[str, str | float] = field(default_factory=dict)  # of DICOM: the reviewed sidecar
+    acquisition: Mapping[str, str | float] = field(
+        default_factory=dict
+    )  # what its sidecar says (`sidecar.py`)
 
 
 def read(
@@ -76,13 +78,14 @@ def read(
     end = header.offset + header.nbytes
     if len(body) > end and any(body[end:]):
         notes.append(Note("EXTRA_BYTES", f"{len(body) - end} bytes after the last voxel"))
-    if phi != "ignore" and (suspects := privacy.told(_suspects(path, root, header, body))):
+    beside = b"" if phi == "ignore" else _sidecar(path)
+    if phi != "ignore" and (suspects := privacy.told(_suspects(path, root, header, body, beside))):
         if phi == "reject":
             raise Rejected("PHI_SUSPECT", suspects)
         notes.append(Note("PHI_SUSPECT", f"{suspects}; the file is used, the text is not"))
     stored = np.frombuffer(body, header.dtype, header.voxels, header.offset)
     data = _scaled(stored, header, notes, labels).reshape(header.dims, order="F")
-    return Volume(data, header.affine, tuple(notes), digest)
+    return Volume(data, header.affine, tuple(notes), digest, sidecar.acquisition(beside))
 
 
 def to_ras(data: NDArray[Any], affine: NDArray[np.float64]) -> tuple[NDArray[Any], NDArray[np.float64]]:
@@ -125,19 +128,24 @@ def _read_file(path: Path, root: Path | None, max_bytes: int) -> bytes:
     return content
 
 
-def _suspects(path: Path, root: Path | None, header: Header, body: bytes) -> tuple[privacy.Suspect, ...]:
+def _suspects(
+    path: Path, root: Path | None, header: Header, body: bytes, beside: bytes
+) -> tuple[privacy.Suspect, ...]:
     """What in the words around a scan may identify a person: name, header, extensions, JSON sidecar."""
     name = path.relative_to(root).as_posix() if root and path.is_relative_to(root) else path.name
     texts: Mapping[str, str] = {"file name": name, **header.texts}
     found = privacy.review(texts) + privacy.review_bytes("extension", body[348 : header.offset])
-    sidecar = path.with_name(path.name.removesuffix(".gz").removesuffix(".nii") + ".json")
+    return found + (privacy.review_sidecar(beside) if beside else ())
+
+
+def _sidecar(path: Path) -> bytes:
+    """The JSON beside a scan; empty where none can be read: no voxel depends on it."""
     try:
-        with open(sidecar, "rb", opener=_without_waiting) as file:
-            if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                found += privacy.review_sidecar(file.read(MAX_SIDECAR_BYTES))
+        with open(sidecar.beside(path), "rb", opener=_without_waiting) as file:
+            regular = stat.S_ISREG(os.fstat(file.fileno()).st_mode)
+            return file.read(MAX_SIDECAR_BYTES) if regular else b""
     except OSError:
-        pass  # without a sidecar that can be read there is nothing in it to warn of: it is used for nothing else
-    return found
+        return b""
 
 
 # ---- gzip -----------------------------------------------------------------------------------------------------------
