@@ -15,7 +15,14 @@ CHANNELS = ("T1w", "T2w", "FLAIR")
 
 
 def shard_set(
-    root: Path, cohort: str = "tiny", *, sessions: int = 12, slices: int = 20, size: int = 28, seed: int = 0
+    root: Path,
+    cohort: str = "tiny",
+    *,
+    sessions: int = 12,
+    slices: int = 20,
+    size: int = 28,
+    seed: int = 0,
+    group_rows: int = 64,
 ) -> Artefact:
     """A finished shard set of random stacks; the first pixel of a row says its session, the second its slice."""
     rng = np.random.default_rng(seed)
@@ -31,19 +38,21 @@ def shard_set(
             if present == 5:
                 pixels[:, 1] = 0
             subject = f"{number:03d}"
-            tables.append(
-                shard.encode(
-                    pixels,
-                    channels=CHANNELS,
-                    cohort=cohort,
-                    subject=subject,
-                    session="",
-                    slices=list(range(slices)),
-                    num_slices=slices,
-                    present=present,
+            for first in range(0, slices, group_rows):
+                last = min(slices, first + group_rows)
+                tables.append(
+                    shard.encode(
+                        pixels[first:last],
+                        channels=CHANNELS,
+                        cohort=cohort,
+                        subject=subject,
+                        session="",
+                        slices=list(range(first, last)),
+                        num_slices=slices,
+                        present=present,
+                    )
                 )
-            )
-            groups.append({"subject": subject, "session": "", "rows": slices, "first_slice": 0})
+                groups.append({"subject": subject, "session": "", "rows": last - first, "first_slice": first})
             rows.append(
                 {
                     "cohort": cohort,

@@ -122,6 +122,19 @@ def test_a_run_without_a_journal_has_a_page(tmp_path: Path) -> None:
     assert "No step is logged yet" in words and "No probe has looked at this teacher" in words
 
 
+def test_a_look_that_failed_is_told(tmp_path: Path) -> None:
+    found = courses.course(tmp_path)
+    folder = found.made.path / "monitor" / "00000300"
+    folder.mkdir()
+    (folder / "measured.json").write_text('{"failed": "out of memory"}')
+    assert found.lost_looks == {300: "out of memory"}
+    assert "The look at step 300 failed: out of memory" in sections_text(found)
+
+
+def sections_text(found: Course) -> str:
+    return " ".join(paragraph for section in checkup._drawn(found) for paragraph in section.text)
+
+
 def test_a_page_knows_when_it_is_out_of_date(tmp_path: Path, undrawn: None) -> None:
     found = courses.course(tmp_path)
     assert not checkup.current(found.made)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -42,10 +43,23 @@ def test_position_is_read_when_features_hold_it_and_not_otherwise(tmp_path: Path
 
 def test_rows_are_spread_over_sessions_and_bounded(tmp_path: Path) -> None:
     made = shard_set(tmp_path)
-    rows = monitor._rows(made.path, made.manifest(), 60)
+    rows = monitor._rows(made.path, made.manifest(), 60, 1)
     assert len(rows["stacks"]) == 60 and len(set(rows["subject"].tolist())) == 12
-    assert rows["position"].min() == 0 and rows["position"].max() == pytest.approx(0.95)
-    assert len(monitor._rows(made.path, made.manifest(), 6)["stacks"]) <= 6
+    assert rows["position"].min() < 0.2 and rows["position"].max() > 0.8
+    few = monitor._rows(made.path, made.manifest(), 6, 1)
+    assert len(set(few["subject"].tolist())) == len(few["stacks"]) == 6
+    assert len(set(few["position"].tolist())) == 6  # not the lowest slice of each
+    deep = monitor._rows(made.path, made.manifest(), 32, 8)
+    assert Counter(deep["subject"].tolist()) == dict.fromkeys(("000", "004", "007", "011"), 8)
+
+
+def test_rows_are_those_that_the_shards_hold(tmp_path: Path) -> None:
+    """The first pixel says the session, the second the slice; a session lies in several row groups."""
+    made = shard_set(tmp_path, group_rows=7)
+    rows = monitor._rows(made.path, made.manifest(), 120, 1)
+    assert [f"{n:03d}" for n in rows["stacks"][:, 0, 0, 0, 0].tolist()] == rows["subject"].tolist()
+    assert rows["stacks"][:, 0, 0, 0, 1].tolist() == pytest.approx((rows["position"] * 20).tolist())
+    assert Counter(rows["subject"].tolist()) == {f"{n:03d}": 10 for n in range(12)}
 
 
 def test_each_present_contrast_alone_in_every_channel() -> None:
@@ -72,6 +86,11 @@ def test_labels_by_subject_with_subjects_held_out(tmp_path: Path) -> None:
     rows = {"subject": np.repeat(subjects, 3)}
     found = monitor._labels(cls, rows, tmp_path, manifest, "dx")
     assert found["monitor/linear_dx"] == 1.0 and found["monitor/knn_dx"] > 0.8
+    pd.DataFrame({**table, "dx": [None] * 20}).to_parquet(tmp_path / "sessions.parquet")
+    assert monitor._labels(cls, rows, tmp_path, manifest, "dx") == {}
+    pd.DataFrame(table).to_parquet(tmp_path / "sessions.parquet")
+    few = np.flatnonzero(np.isin(rows["subject"], subjects[:9]))  # five and four: one class is too few
+    assert monitor._labels(cls[few], {"subject": rows["subject"][few]}, tmp_path, manifest, "dx") == {}
 
 
 def test_a_tested_cohort_is_not_looked_at() -> None:

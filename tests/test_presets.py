@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from cranium import cli, config
+from cranium.cards import load_card
 from cranium.config import Experiment
 
 FOLDER = Path(__file__).parents[1] / "experiments" / "pretrain"
@@ -58,3 +59,13 @@ def test_show_says_steps_images_operations_and_hours() -> None:
 def test_pretraining_on_blank_slices_is_refused() -> None:
     with pytest.raises(config.UserError, match="min_brain"):
         config.load_experiment(FOLDER / "vits14_scratch.yaml", ["ingest.min_brain=0"])
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_looks_at_its_teacher_on_a_cohort_of_its_corpus(name: str) -> None:
+    """A cohort that a task tests on is refused by `Experiment` itself."""
+    spec = preset(name).pretrain
+    assert spec and spec.compute.monitor
+    looks = spec.compute.monitor
+    assert looks.cohort in spec.cohorts and 5 <= spec.steps / looks.every <= 30
+    assert set(looks.labels) <= set(load_card(looks.cohort).labels)

@@ -199,6 +199,7 @@ def _drawn(found: Course) -> list[Section]:
             steps=found.spec.steps,
             history=found.history,
             looks=found.looks,
+            lost_looks=found.lost_looks,
             chance=defaultdict(lambda: 0.5, chance),
             plan=plan(found.spec),
             alarms={alarm.code: (alarm.step, alarm.last) for alarm in found.alarms},

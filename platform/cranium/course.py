@@ -76,6 +76,13 @@ class Course:
         return by_metric(track.read_journal(self.made.path / monitor.FOLDER / JOURNAL))
 
     @property
+    def lost_looks(self) -> dict[int, str]:
+        """Steps whose look failed, and why."""
+        files = sorted((self.made.path / monitor.FOLDER).glob(f"*/{monitor.MEASURED}"))
+        found = {int(path.parent.name): json.loads(path.read_text()) for path in files}
+        return {step: values[monitor.FAILED] for step, values in found.items() if monitor.FAILED in values}
+
+    @property
     def resumes(self) -> list[int]:
         """The first step of every start of the run but the first."""
         return [attempt.resume for attempt in self.attempts[1:]]

@@ -7,12 +7,14 @@ a time measures what is left there; the results are a journal of their own, so a
 from __future__ import annotations
 
 import json
+import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from numpy.typing import NDArray
 
@@ -27,8 +29,12 @@ from cranium.watch import repeatedly
 
 FOLDER = "monitor"
 MEASURED = "measured.json"
+FAILED = "failed"  # its key, where nothing could be measured: why
 BINS = 5  # of slice positions, from the lowest slice to the highest
 NEIGHBOURS = 10
+SLICES = 8  # of a session, at least, where subjects are judged by the mean of their slices
+FEWEST = 5  # subjects of a class, or it is left out
+GOLDEN = 0.618034  # its multiples fill the unit interval evenly
 
 
 def measure(backbone: Backbone, shard_set: Path, spec: Monitor) -> dict[str, float]:
@@ -37,7 +43,7 @@ def measure(backbone: Backbone, shard_set: Path, spec: Monitor) -> dict[str, flo
     Position and contrast are the positive control: chance is 1/5 and 1/C, and any working backbone reads them.
     """
     manifest = store.read_manifest(shard_set)
-    rows = _rows(shard_set, manifest, spec.stacks)
+    rows = _rows(shard_set, manifest, spec.stacks, SLICES if spec.labels else 1)
     device = torch.device("cuda" if torch.cuda.is_available() and spec.gpus else "cpu")
     backbone = backbone.to(device).eval()
 
@@ -55,31 +61,35 @@ def measure(backbone: Backbone, shard_set: Path, spec: Monitor) -> dict[str, flo
     return found
 
 
-def _rows(shard_set: Path, manifest: Mapping[str, Any], most: int) -> dict[str, NDArray[Any]]:
-    """Stacks spread evenly over all row groups, `most` in all, with what is known of each."""
+def _rows(shard_set: Path, manifest: Mapping[str, Any], most: int, least: int) -> dict[str, NDArray[Any]]:
+    """`most` stacks in all, `least` or more of a session, both spread evenly; with what is known of each."""
     base = shard.base(shard_set)
-    groups = [
-        (f"{base}/{entry['file']}", index, group)
-        for entry in manifest["shards"]
-        for index, group in enumerate(entry["row_groups"])
-    ]
-    lowest: dict[tuple[str, str], int] = {}
-    for _, _, group in groups:
-        session = (group["subject"], group["session"])
-        lowest[session] = min(lowest.get(session, group["first_slice"]), group["first_slice"])
-    each = max(1, most // len(groups))
-    stride = max(1, len(groups) * each // most)
+    sessions: dict[tuple[str, str], list[tuple[int, int, str, int]]] = {}
+    for entry in manifest["shards"]:
+        for index, group in enumerate(entry["row_groups"]):
+            place = (group["first_slice"], group["rows"], f"{base}/{entry['file']}", index)
+            sessions.setdefault((group["subject"], group["session"]), []).append(place)
+    each = max(least, most // len(sessions))
+    kept = np.unique(np.linspace(0, len(sessions) - 1, max(1, most // each)).round().astype(int))
+    names = sorted(sessions)
     parts: dict[str, list[Any]] = {"stacks": [], "present": [], "subject": [], "position": []}
-    for file, index, group in groups[::stride]:
-        table = shard.read_row_group(file, index)
-        shard.check_rows(table, f"{file}, row group {index}")
-        take = np.unique(np.linspace(0, table.num_rows - 1, each).round().astype(int))
-        parts["stacks"].append(shard.pixels(table)[take])
-        parts["present"].append(table["present"].to_numpy()[take])
-        parts["subject"].append(np.full(len(take), group["subject"]))
-        above = table["slice"].to_numpy()[take] - lowest[group["subject"], group["session"]]
-        parts["position"].append(above / table["num_slices"].to_numpy()[take])
-    return {name: np.concatenate(values) for name, values in parts.items()}
+    for number, name in enumerate(names[place] for place in kept):
+        groups = sorted(sessions[name])
+        slices = sum(rows for _, rows, _, _ in groups)
+        phase = number * GOLDEN % 1  # else one slice of each would always be the lowest
+        wanted = np.unique(((np.arange(each) + phase) / each * slices).astype(int))
+        for _, rows, file, index in groups:
+            take, wanted = wanted[wanted < rows], wanted[wanted >= rows] - rows
+            if not len(take):
+                continue
+            table = shard.read_row_group(file, index)
+            shard.check_rows(table, f"{file}, row group {index}")
+            parts["stacks"].append(shard.pixels(table)[take])
+            parts["present"].append(table["present"].to_numpy()[take])
+            parts["subject"].append(np.full(len(take), name[0]))
+            above = table["slice"].to_numpy()[take] - groups[0][0]
+            parts["position"].append(above / table["num_slices"].to_numpy()[take])
+    return {what: np.concatenate(values) for what, values in parts.items()}
 
 
 def _bins(position: NDArray[Any]) -> NDArray[np.int64]:
@@ -127,13 +137,25 @@ def _labels(
     manifest: Mapping[str, Any],
     label: str,
 ) -> dict[str, float]:
-    """Subject-level AUROC of one label of the card, features averaged over slices; absent where it is undefined."""
+    """Subject-level AUROC of one label of the card, features averaged over slices; absent where it is undefined.
+
+    Classes of fewer than `FEWEST` subjects that were looked at are left out, and so is a label that no session has: the
+    table behind it may be optional.
+    """
+    told = pd.read_parquet(shard_set / "sessions.parquet").get(manifest["card"]["labels"][label]["column"])
+    if told is None or told.isna().all():
+        return {}
     classes = tuple(manifest["card"]["labels"][label]["classes"])
     task = Classification(
         task="classification", name="monitor", cohort=manifest["cohort"], label=label, classes=classes
     )
     table = adapt.diagnosed(shard_set, task)
     table = table[table["subject"].isin(set(rows["subject"].tolist()))]
+    counts = table["label"].value_counts()
+    table = table[table["label"].isin(counts.index[counts >= FEWEST])]
+    if table["label"].nunique() < 2:
+        return {}
+    table = table.assign(label=pd.factorize(table["label"], sort=True)[0])
     pooled = np.stack([cls[rows["subject"] == subject].mean(axis=0) for subject in table["subject"]])
     labels = table["label"].to_numpy()
     fold_of = splits.folds(table["subject"].tolist(), labels, table["matched"].tolist(), 5, 0)
@@ -142,11 +164,16 @@ def _labels(
     for number in sorted(set(folds.tolist())):
         train, test = folds != number, folds == number
         fitted = probe.fit_linear(
-            pooled[train], labels[train], c_grid=(0.01,), folds=2, seed=0, num_classes=len(classes)
+            pooled[train],
+            labels[train],
+            c_grid=(0.01,),
+            folds=2,
+            seed=0,
+            num_classes=table["label"].nunique(),
         )
         tried = {
             "knn": probe.knn(
-                pooled[train], labels[train], pooled[test], NEIGHBOURS, num_classes=len(classes)
+                pooled[train], labels[train], pooled[test], NEIGHBOURS, num_classes=table["label"].nunique()
             ),
             "linear": fitted.predict(pooled[test]),
         }
@@ -174,7 +201,13 @@ def _measure_all(folder: Path, shard_set: Artefact, spec: Monitor) -> None:
     task = ray.remote(num_cpus=spec.cpus, num_gpus=spec.gpus, max_retries=2)(_measure_file)
     for step in sorted(folder.glob("*")):
         if step.name.isdigit() and (step / checkpoint.BACKBONE).is_file() and not (step / MEASURED).is_file():
-            found = ray.get(task.remote(step, shard_set.path, spec))
+            try:
+                found = ray.get(task.remote(step, shard_set.path, spec))
+            except ray.exceptions.RayError as error:  # a look costs a point of a curve, never the run
+                traceback.print_exc()
+                store.write_atomic(step / MEASURED, json.dumps({FAILED: str(error).strip().splitlines()[-1]}))
+                (step / checkpoint.BACKBONE).unlink()
+                continue
             store.write_atomic(step / MEASURED, json.dumps(found))
             with track.Journal(folder / "journal", f"step{step.name}", resume=int(step.name)) as journal:
                 journal.metrics(int(step.name), found)

@@ -54,14 +54,16 @@ class Vitals:
     """Metrics by step, and what they are read against.
 
     history: of the training, metric -> step -> value. looks: the same of the looks at the teacher, step 0 being the
-    backbone it started from. chance: what a look asks for -> what guessing gives. plan: metric -> what the settings say
-    of every step. alarms: code -> steps between which it held. resumes: steps at which an attempt took up the run.
+    backbone it started from. lost_looks: step -> why a look failed. chance: what a look asks for -> what guessing
+    gives. plan: metric -> what the settings say of every step. alarms: code -> steps between which it held. resumes:
+    steps at which an attempt took up the run.
     """
 
     init: str
     steps: int
     history: Mapping[str, Series]
     looks: Mapping[str, Series]
+    lost_looks: Mapping[int, str]
     chance: Mapping[str, float]
     plan: Mapping[str, Series]
     alarms: Mapping[str, tuple[int, int]]
@@ -108,12 +110,13 @@ def _kept(*plates: Plate | None) -> tuple[Plate, ...]:
 
 def _looks(vitals: Vitals) -> Section:
     title = "What the teacher knows"
+    lost = tuple(f"The look at step {step:,} failed: {why}" for step, why in vitals.lost_looks.items())
     if not vitals.looks:
         text = (
             "No probe has looked at this teacher: pretrain.compute.monitor names a cohort to look at. Without one, no "
             "sign of collapse is all that this page can say."
         )
-        return Section("probes", title, (text,))
+        return Section("probes", title, lost or (text,))
     groups: dict[str, dict[str, Series]] = {}
     for key, series in vitals.looks.items():
         how, _, what = key.removeprefix("monitor/").partition("_")
@@ -139,7 +142,7 @@ def _looks(vitals: Vitals) -> Section:
         [panel for what, panel in panels.items() if what not in CONTROLS],
     )
     text = "Frozen CLS features of the teacher on a cohort that no task tests on, while training goes on."
-    return Section("probes", title, (text,), _kept(controls, labels))
+    return Section("probes", title, (text, *lost), _kept(controls, labels))
 
 
 def _collapse(vitals: Vitals) -> Section:
