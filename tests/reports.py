@@ -122,7 +122,8 @@ def cells(
                 manifest = {
                     "cell": {"task": "lesion", "cohort": "demo", "init": init, "label_fraction": fraction,
                              "scheme": scheme, "fold": fold, "seed": 0, "contrasts": CHANNELS},
-                    "task": {"name": EVIL if evil else "lesion", "classes": ["control", "lesion"]},
+                    "task": {"task": "classification", "name": EVIL if evil else "lesion",
+                             "classes": ["control", "lesion"]},
                     "counts": {"n_train": n, "n_train_positive": n // 2, "n_test": len(test)},
                     "metrics": {"test/auroc": metrics.auroc(test["label"], test["prob_lesion"])},
                 }  # fmt: skip

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import phantoms
-from cranium import demo_sources, ingest, trust
+from cranium import demo_sources, ingest, native, trust
 from cranium.cards import Card
 from cranium.config import Ingest, Machine, UserError
 from cranium.store import Artefact
@@ -106,6 +106,26 @@ def test_label_maps_travel_with_their_slices(tree: Path) -> None:
         assert np.count_nonzero(brain & (masks > 0)) > 0.99 * np.count_nonzero(masks > 0)
         csf, tissue = pixels[:, 1][masks == 1], pixels[:, 1][masks == 2]
         assert np.median(csf) > np.median(tissue) + 50  # T2w: bright fluid where the labels say fluid
+
+
+@pytest.mark.parametrize("identifiers", ["plain", "salted"])
+def test_label_files_are_found_again_and_their_classes_keep_the_cards_order(
+    tree: Path, identifiers: str
+) -> None:
+    """A segmentation is scored against them, and JSON sorts the classes of the card."""
+    spec = SPEC.model_copy(update={"identifiers": identifiers})
+    done = made(tree, spec)
+    machine = Machine(store=tree.parent / "store")
+    found = ingest.label_files(card(), tree, spec, machine)
+    assert done.manifest()["classes"] == list(CLASSES) != sorted(CLASSES)
+    known = {row["subject"]: row for row in sessions(done).values()}
+    assert {subject for subject, _ in found} == set(known) and len(known) == 3
+    values = list(CLASSES.values())
+    for (subject, session), path in found.items():
+        assert (tree / path).is_file()
+        stacks = native.read_stacks(done, done.manifest(), subject, session)
+        truth = native.read_truth(tree / path, tree, known[subject], values, stacks, "agree")
+        assert truth.place.channel in ("T1w", "T2w", "FLAIR")
 
 
 def test_neighbours_carry_the_labels_of_each_slice(tree: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from cranium import embed, store
+from cranium import embed, segmenting, store
 from cranium.cards import Label
 from cranium.config import Cell, Classification, Probe, Segmentation, Task, UserError
 from cranium.models import probe as probes
@@ -55,7 +55,7 @@ def subjects(shard_set: Path, task: Task) -> pd.DataFrame:
         case Classification():
             return diagnosed(shard_set, task)
         case Segmentation():
-            raise UserError("NOT_YET", f"task {task.name}: segmentation cannot be learnt yet; drop the task")
+            return segmenting.subjects(shard_set, task)
 
 
 def diagnosed(shard_set: Path, task: Classification) -> pd.DataFrame:
@@ -112,11 +112,13 @@ def assign_folds(table: pd.DataFrame, scheme: str, folds: int, seed: int) -> dic
         raise UserError("SPLIT", str(error)) from None
 
 
-def run_cell(work: Work, folds: Mapping[str, int]) -> dict[str, float | None]:
+def run_cell(work: Work | segmenting.Work, folds: Mapping[str, int]) -> dict[str, float | None]:
     """Train one cell's probe and judge it; write its predictions and manifest; return its metrics.
 
     A cell whose manifest is there is returned as it is.
     """
+    if isinstance(work, segmenting.Work):
+        return segmenting.run_cell(work, folds)
     if Artefact(work.folder).done:
         return dict(store.read_manifest(work.folder)["metrics"])
     cell, task = work.cell, work.task

@@ -46,7 +46,7 @@ def run(spec: Spec, say: Callable[[str], None]) -> bench.Result:
     own = Machine(store=folder)
     exp = experiment(spec)
     sets = {COHORT: _shard_set(folder, spec)}
-    features = {("random", COHORT): _features(folder, spec)}
+    features: dict[tuple[str, ...], Artefact] = {("random", COHORT): _features(folder, spec)}
     study = Study(exp, own, {}, Console(quiet=True))
     grid = sweep.declare(exp, own, sets, features)
     alone = grid.works[:: max(1, len(grid.works) // 100)]  # some of every fraction

@@ -375,6 +375,33 @@ class Segmentation(Frozen):
 Task = Annotated[Classification | Segmentation, Field(discriminator="task")]
 
 
+class Decoder(Frozen):
+    """What turns patch tokens into label maps, and how it is trained: nothing of it is tuned on the test subjects."""
+
+    # How many depths of the ViT, spread evenly, the last among them; None: 1 for linear, 4 for conv.
+    depths: int | None = Field(None, ge=1)
+    width: int = Field(64, ge=8)  # of conv
+    finetuned: Literal["linear", "conv"] = (
+        "conv"  # the decoder that `adaptation: finetune` trains with the backbone
+    )
+    steps: int = Field(500, ge=1)
+    batch_size: int = Field(16, ge=2)
+    lr: float = Field(1e-3, gt=0)
+    weight_decay: float = Field(1e-2, ge=0)
+    warmup: float = Field(0.05, ge=0, lt=1)  # share of the steps
+    foreground: float = Field(0.5, gt=0, le=1)  # share of a batch drawn from slices that hold a class
+
+    def kind(self, adaptation: Adaptation) -> Literal["linear", "conv"]:
+        match adaptation:
+            case "linear" | "conv":
+                return adaptation
+            case _:
+                return self.finetuned
+
+    def num_depths(self, adaptation: Adaptation) -> int:
+        return self.depths or {"linear": 1, "conv": 4}[self.kind(adaptation)]
+
+
 class Probe(Frozen):
     """Linear probe; its regularisation is chosen inside the cell's own labelled subjects only."""
 
@@ -385,6 +412,7 @@ class Probe(Frozen):
 class Adapt(Frozen):
     tasks: tuple[Task, ...] = Field(min_length=1)
     probe: Probe = Probe()
+    decoder: Decoder = Decoder()
     covariates: tuple[str, ...] = ("head", "site", "present")  # the covariates-only row
     accept_leakage: tuple[str, ...] = ()  # e.g. "head:ssl+test": accepted by name, stamped on every report
 

@@ -8,7 +8,7 @@ float16: the CLS tokens of a random DINOv2 backbone differ by 1e-5 only, and hal
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -17,9 +17,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from numpy.typing import NDArray
 
 from cranium import checkpoint, shardset, store, stream
-from cranium.config import Embed, Experiment, Machine, UserError
+from cranium.config import Experiment, Machine, UserError
+from cranium.models import vit
 from cranium.store import Artefact
 from cranium.volume import shard
 
@@ -35,17 +37,22 @@ def artefact(
     exp: Experiment, machine: Machine, init: str, shard_set: Artefact, pretrained: Artefact | None
 ) -> Artefact:
     """Where the features of this initialisation and shard set lie."""
-    manifest = shard_set.manifest()
-    key = {
-        "recipe": RECIPE,
-        "embed": exp.embed,
+    key = {"recipe": RECIPE, "embed": exp.embed, **origin(exp, machine, init, shard_set, pretrained)}
+    name = f"{init.replace(':', '_')}_{shard_set.manifest()['cohort']}"
+    return store.artefact(machine.store, "embed", name, key)
+
+
+def origin(
+    exp: Experiment, machine: Machine, init: str, shard_set: Artefact, pretrained: Artefact | None
+) -> dict[str, Any]:
+    """What shapes the tokens of this initialisation on this shard set: its part of an identity."""
+    return {
         "arch": checkpoint.architecture(init, exp.arch, pretrained),
         "init": init,
         "weights": pretrained.id if pretrained else _weights(machine),
-        "shards": [entry["sha256"] for entry in manifest["shards"]],
+        "shards": [entry["sha256"] for entry in shard_set.manifest()["shards"]],
         **({"fill": exp.stream.fill} if exp.stream.fill != "zero" else {}),
     }
-    return store.artefact(machine.store, "embed", f"{init.replace(':', '_')}_{manifest['cohort']}", key)
 
 
 def _weights(machine: Machine) -> str | None:
@@ -66,23 +73,10 @@ def embed(
         return made
     started = time.monotonic()
     manifest = shard_set.manifest()
-    channels, slices, size, _ = manifest["shape"]
-    backbone, source = checkpoint.load_backbone(
-        init,
-        arch=exp.arch,
-        in_channels=channels * slices,
-        image_size=size,
-        seed=exp.embed.seed,
-        weights_file=machine.weights,
-        pretrained=pretrained,
-    )
-    if pretrained:
-        _same_preprocessing(pretrained, manifest)
+    backbone, source = load(exp, machine, init, manifest, pretrained)
     with store.lock(machine.store, made.id):
         made.path.mkdir(parents=True, exist_ok=True)
-        rows = _write(
-            made.path / FEATURES, backbone, shard_set, manifest, exp.embed, exp.stream.fill, progress
-        )
+        rows = _write(made.path / FEATURES, backbone, shard_set, manifest, exp, progress)
         if rows != manifest["counts"]["stacks"]:
             raise RuntimeError(f"{made.path}: {rows} features for {manifest['counts']['stacks']} stacks")
         store.commit(
@@ -102,6 +96,25 @@ def embed(
     return made
 
 
+def load(
+    exp: Experiment, machine: Machine, init: str, manifest: dict[str, Any], pretrained: Artefact | None
+) -> tuple[vit.Backbone, checkpoint.Source]:
+    """The backbone of an initialisation for the stacks of a shard set, whose preprocessing must be its own."""
+    channels, slices, size, _ = manifest["shape"]
+    found = checkpoint.load_backbone(
+        init,
+        arch=exp.arch,
+        in_channels=channels * slices,
+        image_size=size,
+        seed=exp.embed.seed,
+        weights_file=machine.weights,
+        pretrained=pretrained,
+    )
+    if pretrained:
+        _same_preprocessing(pretrained, manifest)
+    return found
+
+
 def _same_preprocessing(pretrained: Artefact, manifest: dict[str, Any]) -> None:
     card = checkpoint.read_card(pretrained.path)
     for key in ("preprocessing_hash", "channels"):
@@ -118,35 +131,18 @@ def _write(
     backbone: torch.nn.Module,
     shard_set: Artefact,
     manifest: dict[str, Any],
-    spec: Embed,
-    fill: Fill,
+    exp: Experiment,
     progress: Progress | None,
 ) -> int:
-    from ray.data import ExecutionOptions
-
-    import ray
-
     items = [
         {"file": file, "index": index}
         for file, entry in zip(shardset.files(shard_set, manifest), manifest["shards"], strict=True)
         for index in range(len(entry["row_groups"]))
     ]
-    compute = spec.compute
-    dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
-        Encoder,
-        fn_constructor_args=(ray.put(backbone), spec.features, spec.batch_size, compute.threads, fill),
-        batch_size=None,
-        batch_format="pyarrow",
-        concurrency=compute.num_workers,
-        num_cpus=compute.cpus_per_worker,
-        num_gpus=compute.gpus_per_worker,
-    )
-    dataset.context.execution_options = ExecutionOptions(preserve_order=True)
-    dataset.context.enable_progress_bars = False
     total, rows = manifest["counts"]["stacks"], 0
     writer: pq.ParquetWriter | None = None
     try:
-        for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
+        for table in mapped(items, Encoder, backbone, exp.embed.features, exp):
             writer = writer or pq.ParquetWriter(path, table.schema, compression="none", use_dictionary=False)
             writer.write_table(table)
             rows += table.num_rows
@@ -156,6 +152,35 @@ def _write(
         if writer:
             writer.close()
     return rows
+
+
+def mapped(
+    items: list[dict[str, Any]], encoder: type[Encoder], backbone: torch.nn.Module, what: Any, exp: Experiment
+) -> Iterator[pa.Table]:
+    """What actors of `encoder`, each with the backbone, make of the row groups `items`, in their order."""
+    from ray.data import ExecutionOptions
+
+    import ray
+
+    compute = exp.embed.compute
+    dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+        encoder,
+        fn_constructor_args=(
+            ray.put(backbone),
+            what,
+            exp.embed.batch_size,
+            compute.threads,
+            exp.stream.fill,
+        ),
+        batch_size=None,
+        batch_format="pyarrow",
+        concurrency=compute.num_workers,
+        num_cpus=compute.cpus_per_worker,
+        num_gpus=compute.gpus_per_worker,
+    )
+    dataset.context.execution_options = ExecutionOptions(preserve_order=True)
+    dataset.context.enable_progress_bars = False
+    yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow")
 
 
 class Encoder:
@@ -182,13 +207,18 @@ class Encoder:
     def __call__(self, items: pa.Table) -> pa.Table:
         return pa.concat_tables(self._row_group(item["file"], item["index"]) for item in items.to_pylist())
 
-    def _row_group(self, file: str, index: int) -> pa.Table:
+    def read(self, file: str, index: int) -> tuple[pa.Table, NDArray[Any]]:
+        """Rows of a row group, checked, and their stacks with absent contrasts filled."""
         table = shard.read_row_group(file, index, [*IDENTITY, "pixels", "crc"])
         shard.check_rows(table, f"{file}, row group {index}")
         stacks = shard.pixels(table)
         if self.fill == "replicate":  # as the stream filled them when the backbone was trained
             bits = np.asarray(table["present"])[:, None] >> np.arange(stacks.shape[1]) & 1
             stacks = stream.replicate(torch.from_numpy(stacks.copy()), torch.from_numpy(bits > 0)).numpy()
+        return table, stacks
+
+    def _row_group(self, file: str, index: int) -> pa.Table:
+        table, stacks = self.read(file, index)
         features = encode(self.backbone, stacks, self.features, self.batch_size, self.device)
         raw = pa.array([row.tobytes() for row in features], pa.binary(features.shape[1] * 4))
         return table.select(IDENTITY).append_column("features", raw)

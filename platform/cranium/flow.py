@@ -16,14 +16,25 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from cranium import cluster, recording, store, trust
-from cranium.config import WITHOUT_BACKBONE, Experiment, Machine, UserError, share, to_yaml
+from cranium.config import (
+    WITHOUT_BACKBONE,
+    Adaptation,
+    Classification,
+    Experiment,
+    Machine,
+    Segmentation,
+    UserError,
+    share,
+    to_yaml,
+)
 from cranium.store import Artefact
 from cranium.study import Study, bar
 
 if TYPE_CHECKING:
+    from cranium.segmenting import LabelFiles
     from cranium.sweep import Grid
 
-Features = dict[tuple[str, str], Artefact]
+Features = dict[tuple[str, ...], Artefact]  # see `sweep.Features`
 DEMO_COHORTS = ("demo_ssl", "demo", "demo_external")
 
 
@@ -213,6 +224,7 @@ def embed(
 ) -> Features:
     """Features of every cohort a task uses under every initialisation of the sweep."""
     from cranium import embed as stage
+    from cranium import tokens as dense
 
     exp = study.exp
     if exp.sweep is None or exp.adapt is None:
@@ -221,22 +233,24 @@ def embed(
     sets = ingested(study, cohorts) if sets is None else sets
     pretrained = _pretrained(study) if pretrained is None else pretrained
     features: Features = {}
-    for init in exp.sweep.init:
-        if init in WITHOUT_BACKBONE or init in study.missing:
+    for init, cohort, way in _to_embed(exp):
+        if cohort not in sets or init in study.missing:
             continue
-        for cohort in (c for c in cohorts if c in sets and init not in study.missing):
-            name = f"embed {init} {cohort}"
-            weights = _weights(study, init, pretrained)
-            made = stage.artefact(exp, study.machine, init, sets[cohort], weights)
-            if made.done:
-                study.skipped(name)
-            else:
-                trust.check(sets[cohort])
-                with _without(study, init), study.stage(name) as tell, cluster.connect(study.machine):
+        name = " ".join(["embed", init, cohort, *([way] if way else [])])
+        weights = _weights(study, init, pretrained)
+        made = _embedding(study, init, sets[cohort], weights, way)
+        if made.done:
+            study.skipped(name)
+        else:
+            trust.check(sets[cohort])
+            with _without(study, init), study.stage(name) as tell, cluster.connect(study.machine):
+                if way is None:
                     stage.embed(exp, study.machine, init, sets[cohort], weights, tell)
-            if made.done:
-                features[init, cohort] = made
-                study.made[name] = str(made.path)
+                else:
+                    dense.embed_tokens(exp, study.machine, init, sets[cohort], weights, way, tell)
+        if made.done:
+            features[(init, cohort, *([way] if way else []))] = made
+            study.made[name] = str(made.path)
     return features
 
 
@@ -250,7 +264,7 @@ def sweep(study: Study, sets: Mapping[str, Artefact] | None = None, features: Fe
         sets = ingested(study, study.exp.ingest.cohorts)
     features = _embedded(study, sets) if features is None else features
     exp = _what_there_is(study, sets)
-    grid = stage.declare(exp, study.machine, sets, features)
+    grid = stage.declare(exp, study.machine, sets, features, _label_files(study))
     study.made["sweep"] = str(grid.artefact.path)
     cells = len(grid.missing)
     failures: dict[str, str] = {}
@@ -291,7 +305,8 @@ def report(
     sets = ingested(study, exp.ingest.cohorts) if sets is None else sets
     pretrained = _pretrained(study) if pretrained is None else pretrained
     if grid is None:
-        grid = grids.declare(_what_there_is(study, sets), study.machine, sets, _embedded(study, sets))
+        exp_had, features = _what_there_is(study, sets), _embedded(study, sets)
+        grid = grids.declare(exp_had, study.machine, sets, features, _label_files(study))
         if grid.missing:
             count = f"{len(grid.missing)} of {len(grid.works)}"
             raise UserError("NOT_SWEPT", f"{count} cells are not there yet; run `cranium sweep` first")
@@ -464,21 +479,58 @@ def _weights(study: Study, init: str, pretrained: Mapping[str, Artefact]) -> Art
     return made
 
 
-def _embedded(study: Study, sets: Mapping[str, Artefact]) -> Features:
-    from cranium import embed as stage
-
-    exp, pretrained, features = study.exp, _pretrained(study), Features()
+def _to_embed(exp: Experiment) -> list[tuple[str, str, Adaptation | None]]:
+    """(init, cohort, None) where pooled features are wanted, (init, cohort, adaptation) where tokens are."""
     assert exp.sweep and exp.adapt
+    found: list[tuple[str, str, Adaptation | None]] = []
     for init in (i for i in exp.sweep.init if i not in WITHOUT_BACKBONE):
-        for cohort in {c for task in exp.adapt.tasks for c in (task.cohort, *task.external)} & set(sets):
-            weights = _weights(study, init, pretrained)
-            made = stage.artefact(exp, study.machine, init, sets[cohort], weights)
-            if not made.done:
-                raise UserError(
-                    "NOT_EMBEDDED", f"{cohort} is not embedded with {init} yet; run `cranium embed` first"
-                )
-            features[init, cohort] = made
+        for task in exp.adapt.tasks:
+            match task:
+                case Classification():
+                    ways: tuple[Adaptation | None, ...] = (None,)
+                case Segmentation():
+                    ways = tuple(w for w in exp.sweep.adaptations(task, init) if w != "finetune")
+            found += [(init, cohort, way) for cohort in (task.cohort, *task.external) for way in ways]
+    return list(dict.fromkeys(found))
+
+
+def _embedding(
+    study: Study, init: str, shard_set: Artefact, weights: Artefact | None, way: Adaptation | None
+) -> Artefact:
+    from cranium import embed, tokens
+
+    if way is None:
+        return embed.artefact(study.exp, study.machine, init, shard_set, weights)
+    return tokens.artefact(study.exp, study.machine, init, shard_set, weights, way)
+
+
+def _embedded(study: Study, sets: Mapping[str, Artefact]) -> Features:
+    pretrained, features = _pretrained(study), Features()
+    for init, cohort, way in _to_embed(study.exp):
+        if cohort not in sets:
+            continue
+        made = _embedding(study, init, sets[cohort], _weights(study, init, pretrained), way)
+        if not made.done:
+            raise UserError(
+                "NOT_EMBEDDED", f"{cohort} is not embedded with {init} yet; run `cranium embed` first"
+            )
+        features[(init, cohort, *([way] if way else []))] = made
     return features
+
+
+def _label_files(study: Study) -> dict[str, LabelFiles]:
+    """Where the label files of every cohort with a segmentation task are: it is scored against them."""
+    from cranium import ingest as stage
+    from cranium.segmenting import LabelFiles
+
+    assert study.exp.adapt
+    tasks = [task for task in study.exp.adapt.tasks if isinstance(task, Segmentation)]
+    found = {}
+    for cohort in dict.fromkeys(c for task in tasks for c in (task.cohort, *task.external)):
+        if raw := _raw(study, cohort):
+            paths = stage.label_files(study.cards[cohort], raw, study.exp.ingest, study.machine)
+            found[cohort] = LabelFiles(raw.resolve(), paths)
+    return found
 
 
 def _what_there_is(study: Study, sets: Mapping[str, Artefact]) -> Experiment:

@@ -101,6 +101,14 @@ def artefact(card: Card, raw: Path, spec: Ingest, machine: Machine) -> Artefact:
     return _target(card, spec, _scan(card, raw, machine), machine)
 
 
+def label_files(card: Card, raw: Path, spec: Ingest, machine: Machine) -> dict[tuple[str, str], str]:
+    """(subject, session), as the shard set names them, -> path of the label map below `raw`."""
+    table = _scan(card, raw, machine)
+    salt = identity.salt(machine.store) if spec.identifiers == "salted" else None
+    shown = naming.shown(table, naming.Names(card.name, salt))
+    return {shown[s.subject, s.session]: s.segmentation for s in table.sessions if s.segmentation}
+
+
 def _scan(card: Card, raw: Path, machine: Machine, progress: Progress | None = None) -> cohort.CohortTable:
     return cohort.scan(card, raw, machine.raw.get(f"{card.name}_tables"), progress)
 

@@ -16,8 +16,7 @@ from cranium.store import Artefact
 from cranium.study import Study, Tell
 
 if TYPE_CHECKING:
-    from cranium.adapt import Work
-    from cranium.sweep import Grid
+    from cranium.sweep import Grid, Work
 
 JOURNALS = ("journal", "monitor/journal")  # of a pretraining: its steps, and the looks at its teacher
 LIVE_SECONDS = 10.0  # how often a running stage is sent on

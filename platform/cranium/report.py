@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
+from cranium import report_maps
 from cranium.config import UserError, share
 from cranium.figures import corpus, page, plots, training
 from cranium.figures.page import Link, Plate, Section, Table
@@ -74,26 +75,35 @@ def write(exp_name: str, inputs: ReportInputs, out: Path) -> Path:
         cohorts = [corpus.read(folder) for folder in inputs.cohorts]
         curves = training.plate(inputs.pretraining)
         runs = inputs.cell_runs or {}
-        read = [_read_cell(folder, runs.get(folder.name, "")) for folder in inputs.cells]
+        segmented = [folder for folder in inputs.cells if _task(folder) == "segmentation"]
+        judged = [folder for folder in inputs.cells if folder not in segmented]
+        read = [_read_cell(folder, runs.get(folder.name, "")) for folder in judged]
+        maps = report_maps.read(segmented, runs) if segmented else None
         sheet = [corpus.presence(cohorts), corpus.examples(cohorts)] if cohorts else []
     except (OSError, KeyError, ValueError) as error:
         raise UserError("REPORT", f"an input of the report cannot be read: {error}") from error
+
+    def ui(run: str) -> Link:
+        return _link(run, inputs)
+
     cells = [cell for cell, _ in read]
     found = comparison.points(cells, inputs.bootstrap)
     pairs = comparison.comparisons(found, inputs.bootstrap)
+    on_maps, said = ([], []) if maps is None else report_maps.sections(maps, ui, inputs.bootstrap)
     sections = [
-        *_results(found, pairs, inputs),
+        *(_results(found, pairs, inputs) if found else []),
+        *on_maps,
         Section("cohorts", "Cohorts", (), tuple(sheet), (corpus.counts(cohorts),) if cohorts else ()),
         *([Section("training", "Pretraining", (), (curves,))] if curves else []),
         _gaps(cohorts),
-        _provenance(cells, inputs),
+        _provenance(inputs),
     ]
     values: dict[str, Any] = {
         "title": inputs.title or exp_name,
         "source": inputs.source,
         "stamps": list(inputs.stamps),
-        "answer": [*([inputs.asks] if inputs.asks else []), *_answer(found, pairs)],
-        "facts": _facts(cohorts, cells),
+        "answer": [*([inputs.asks] if inputs.asks else []), *_answer(found, pairs), *said],
+        "facts": _facts(cohorts, len(inputs.cells)),
         "sections": sections,
         "notes": [*inputs.notes, *(note for _, notes in read for note in notes)],
         "documents": [("The resolved config", inputs.config)] if inputs.config else [],
@@ -107,6 +117,10 @@ def write(exp_name: str, inputs: ReportInputs, out: Path) -> Path:
 
 
 # ---- reading --------------------------------------------------------------------------------------------------------
+
+
+def _task(folder: Path) -> str:
+    return str(json.loads((folder / "manifest.json").read_text())["task"]["task"])
 
 
 def _read_cell(folder: Path, run_id: str) -> tuple[Cell, list[str]]:
@@ -257,7 +271,7 @@ def _chance(here: Sequence[Point], full: float) -> str:
     return f"Covariates alone give {interval.estimate:.2f} ({_interval(interval)}), {tail}."
 
 
-def _facts(cohorts: Sequence[corpus.Cohort], cells: Sequence[Cell]) -> list[tuple[str, str]]:
+def _facts(cohorts: Sequence[corpus.Cohort], cells: int) -> list[tuple[str, str]]:
     total = {
         key: sum(int(c.manifest["counts"][key]) for c in cohorts)
         for key in ("subjects", "stacks", "rejected")
@@ -267,7 +281,7 @@ def _facts(cohorts: Sequence[corpus.Cohort], cells: Sequence[Cell]) -> list[tupl
         ("subjects", f"{total['subjects']:,}"),
         ("slice stacks", f"{total['stacks']:,}"),
         ("rejected scans", f"{total['rejected']:,}"),
-        ("cells", f"{len(cells):,}"),
+        ("cells", f"{cells:,}"),
     ]
 
 
@@ -466,7 +480,7 @@ def _gaps(cohorts: Sequence[corpus.Cohort]) -> Section:
     return Section("gaps", "What could not be had", text, (), (rejected,) if rejected.rows else ())
 
 
-def _provenance(cells: Sequence[Cell], inputs: ReportInputs) -> Section:
+def _provenance(inputs: ReportInputs) -> Section:
     plates = []
     if inputs.seconds:
         total = plots.clock(sum(inputs.seconds.values()))
@@ -480,8 +494,8 @@ def _provenance(cells: Sequence[Cell], inputs: ReportInputs) -> Section:
     facts += [("MLflow", inputs.mlflow_uri)] if inputs.mlflow_uri else []
     facts += [(name, version) for name, version in (inputs.versions or {}).items()]
     facts += [(f"run: {name}", _link(run, inputs)) for name, run in (inputs.runs or {}).items()]
-    tracked = sum(1 for cell in cells if cell.run_id)
-    facts.append(("cells with a run", f"{tracked} of {len(cells)}"))
+    tracked = sum(1 for folder in inputs.cells if (inputs.cell_runs or {}).get(folder.name))
+    facts.append(("cells with a run", f"{tracked} of {len(inputs.cells)}"))
     return Section(
         "provenance", "Provenance", (), tuple(plates), (Table(("what", "value"), tuple(facts), "provenance"),)
     )

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from cranium import adapt, leakage, store
+from cranium import adapt, leakage, segmenting, store
 from cranium.config import (
     WITHOUT_BACKBONE,
     Cell,
@@ -30,7 +30,9 @@ from cranium.tasks import splits
 from cranium.watch import repeatedly
 
 Progress = Callable[[int, int, str], None]
-Features = Mapping[tuple[str, str], Artefact]  # (init, cohort) -> features
+# (init, cohort) -> features; (init, cohort, adaptation) -> tokens for the decoder of that adaptation
+Features = Mapping[tuple[str, ...], Artefact]
+Work = adapt.Work | segmenting.Work
 Folds = dict[str, int]
 
 
@@ -39,12 +41,12 @@ class Grid:
     """What a sweep will do, or has done."""
 
     artefact: Artefact
-    works: tuple[adapt.Work, ...]
+    works: tuple[Work, ...]
     folds: Mapping[str, Folds]  # "<task>/<scheme>/<seed>" -> subject -> fold
     stamps: tuple[str, ...]  # overlaps accepted by name; every report shows them
 
     @property
-    def missing(self) -> tuple[adapt.Work, ...]:
+    def missing(self) -> tuple[Work, ...]:
         return tuple(work for work in self.works if not Artefact(work.folder).done)
 
 
@@ -75,15 +77,25 @@ def assign(exp: Experiment, shard_sets: Mapping[str, Artefact]) -> tuple[dict[st
 
 
 def declare(
-    exp: Experiment, machine: Machine, shard_sets: Mapping[str, Artefact], features: Features
+    exp: Experiment,
+    machine: Machine,
+    shard_sets: Mapping[str, Artefact],
+    features: Features,
+    label_files: Mapping[str, segmenting.LabelFiles] | None = None,
 ) -> Grid:
-    """Every cell of the experiment's grid with its identity; the splits and the leakage gate are `assign`'s."""
+    """Every cell of the experiment's grid with its identity; the splits and the leakage gate are `assign`'s.
+
+    `label_files`: of every cohort that a segmentation is tested on, which are machine facts and no part of an identity.
+    """
     assert exp.sweep and exp.adapt
     folds, stamps = assign(exp, shard_sets)
     works = [
-        _work(exp, machine, task, cell, folds[f"{task.name}/{cell.scheme}/{cell.seed}"], shard_sets, features)
+        _segmentation(exp, machine, task, cell, mine, shard_sets, features, label_files or {})
+        if isinstance(task, Segmentation)
+        else _classification(exp, machine, task, cell, mine, shard_sets, features)
         for task in exp.adapt.tasks
         for cell in _cells(exp.sweep, task, folds, shard_sets)
+        for mine in [folds[f"{task.name}/{cell.scheme}/{cell.seed}"]]
     ]
     key = {"works": [work.folder.name for work in works]}
     return Grid(store.artefact(machine.store, "sweep", exp.name, key), tuple(works), folds, stamps)
@@ -109,23 +121,6 @@ def _cells(
                 seed=seed,
                 contrasts=contrasts,
             )
-
-
-def _work(
-    exp: Experiment,
-    machine: Machine,
-    task: Task,
-    cell: Cell,
-    folds: Folds,
-    shard_sets: Mapping[str, Artefact],
-    features: Features,
-) -> adapt.Work:
-    """What a trial needs for a cell, in a folder named by all that shapes its result."""
-    match task:
-        case Classification():
-            return _classification(exp, machine, task, cell, folds, shard_sets, features)
-        case Segmentation():
-            raise UserError("NOT_YET", f"task {task.name}: segmentation cannot be learnt yet; drop the task")
 
 
 def _classification(
@@ -167,6 +162,44 @@ def _classification(
     )
 
 
+def _segmentation(
+    exp: Experiment,
+    machine: Machine,
+    task: Segmentation,
+    cell: Cell,
+    folds: Folds,
+    shard_sets: Mapping[str, Artefact],
+    features: Features,
+    label_files: Mapping[str, segmenting.LabelFiles],
+) -> segmenting.Work:
+    assert exp.adapt
+    if cell.adaptation == "finetune":
+        raise UserError("NOT_YET", "sweep.adaptation: a segmentation cannot be fine-tuned yet; drop finetune")
+    cohorts = [
+        segmenting.Cohort(
+            name, shard_sets[name].path, features[cell.init, name, cell.adaptation].path, label_files[name]
+        )
+        for name in (task.cohort, *task.external)
+    ]
+    key = {
+        "recipe": segmenting.RECIPE,
+        "cell": cell,
+        "task": task,
+        "decoder": exp.adapt.decoder,
+        "folds": splits.digest(folds),
+        "cohorts": [[c.shard_set.name, c.tokens.name] for c in cohorts],
+    }
+    return segmenting.Work(
+        cell,
+        task,
+        exp.adapt.decoder,
+        cohorts[0],
+        tuple(cohorts[1:]),
+        store.artefact(machine.store, "adapt", cell.name, key).path,
+        (("cell", fingerprint(key)[:16]), ("manifest", cohorts[0].shard_set.name)),
+    )
+
+
 def sweep(grid: Grid, exp: Experiment, progress: Progress | None = None) -> dict[str, str]:
     """Run what is missing of the grid; returns the cells that failed: folder name -> reason.
 
@@ -190,9 +223,7 @@ def sweep(grid: Grid, exp: Experiment, progress: Progress | None = None) -> dict
     return failures
 
 
-def _run(
-    grid: Grid, missing: tuple[adapt.Work, ...], exp: Experiment, progress: Progress | None
-) -> dict[str, str]:
+def _run(grid: Grid, missing: tuple[Work, ...], exp: Experiment, progress: Progress | None) -> dict[str, str]:
     from ray import tune
 
     assert exp.sweep
@@ -225,7 +256,7 @@ def _run(
     }
 
 
-def _trial(config: dict[str, Any], works: tuple[adapt.Work, ...], folds: Mapping[str, Folds]) -> None:
+def _trial(config: dict[str, Any], works: tuple[Work, ...], folds: Mapping[str, Folds]) -> None:
     from ray import tune
 
     work = works[config["cell"]]

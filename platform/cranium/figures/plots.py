@@ -33,21 +33,24 @@ class Curve:
     marks: tuple[Mark, ...]
 
 
-def _limits(marks: Sequence[Mark], dots: bool = False) -> tuple[float, float]:
-    """An AUROC axis that holds chance, 1 and everything drawn, in tenths."""
+def _limits(marks: Sequence[Mark], dots: bool = False, chance: float | None = CHANCE) -> tuple[float, float]:
+    """An axis that holds chance, 1 and everything drawn, in tenths; from 0 where there is no chance level."""
+    if chance is None:
+        return -0.02, 1.02
     values = [v for m in marks for v in (m.mean, m.low, m.high, *(m.dots if dots else ())) if v is not None]
     return min(0.4, np.floor(min(values, default=0.5) * 10 - 0.2) / 10), 1.02
 
 
-def bars(marks: Sequence[Mark], title: str) -> str:
-    """A row per initialisation: bar from chance to the mean, whisker the interval, a ring for each fold."""
+def bars(marks: Sequence[Mark], title: str, *, axis: str = "AUROC", chance: float | None = CHANCE) -> str:
+    """A row per initialisation: bar from chance (or 0) to the mean, whisker the interval, a ring for each value."""
+    base = chance or 0.0
     with style.drawing():
         made, (axes,) = style.figure(0.75 + 0.46 * len(marks))
-        low, high = _limits(marks, dots=True)
+        low, high = _limits(marks, dots=True, chance=chance)
         for row, mark in enumerate(marks):
             tint = style.colour(mark.name)
             if mark.mean is not None:
-                axes.barh(row, mark.mean - CHANCE, left=CHANCE, height=0.56, color=tint, alpha=0.38, lw=0)
+                axes.barh(row, mark.mean - base, left=base, height=0.56, color=tint, alpha=0.38, lw=0)
             if mark.low is not None and mark.high is not None:
                 axes.plot([mark.low, mark.high], [row, row], color=style.INK, lw=1.4, zorder=4)
                 axes.plot([mark.low, mark.high], [row, row], "|", color=style.INK, ms=8, mew=1.4, zorder=4)
@@ -60,9 +63,10 @@ def bars(marks: Sequence[Mark], title: str) -> str:
             axes.text(
                 1.02, row, _value(mark), transform=axes.get_yaxis_transform(), va="center", fontsize=8.5
             )
-        axes.axvline(CHANCE, color=style.INK, lw=0.9, ls=(0, (3, 3)))
-        axes.text(CHANCE, -0.72, "\u00a0chance", ha="left", va="center", fontsize=8, color=style.INK)
-        axes.set(xlim=(low, high), ylim=(len(marks) - 0.4, -0.95), xlabel="AUROC")
+        if chance is not None:
+            axes.axvline(chance, color=style.INK, lw=0.9, ls=(0, (3, 3)))
+            axes.text(chance, -0.72, "\u00a0chance", ha="left", va="center", fontsize=8, color=style.INK)
+        axes.set(xlim=(low, high), ylim=(len(marks) - 0.4, -0.6 if chance is None else -0.95), xlabel=axis)
         axes.set_yticks(range(len(marks)), [mark.name for mark in marks])
         axes.grid(axis="y", visible=False)
         axes.spines["left"].set_visible(False)

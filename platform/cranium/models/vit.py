@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import timm
@@ -109,19 +110,45 @@ class Backbone(nn.Module):
         kept branch is divided by 1 - drop_path (stochastic depth, Huang et al., 2016). None keeps all and
         divides by nothing.
         """
-        vit = self.vit
+        x = self._blocks(self._embed(x, masks), range(self.num_blocks), keep)
+        return self._tokens(x)
+
+    def at_depths(self, x: Tensor, depths: Sequence[int], keep: Tensor | None = None) -> list[Tokens]:
+        """Tokens after each of the blocks `depths` (rising, from 1), all through the last norm, as DINOv2's own
+        `get_intermediate_layers` gives them. Blocks after the last one asked for are not run. See `forward`.
+        """
+        if (
+            not depths
+            or list(depths) != sorted(set(depths))
+            or not 1 <= depths[0] <= depths[-1] <= self.num_blocks
+        ):
+            raise ValueError(f"depths must rise within 1 to {self.num_blocks}, got {list(depths)}")
+        x, found = self._embed(x, None), []
+        for first, last in itertools.pairwise((0, *depths)):
+            x = self._blocks(x, range(first, last), keep)
+            found.append(self._tokens(x))
+        return found
+
+    def _embed(self, x: Tensor, masks: Tensor | None) -> Tensor:
         x = (x - self.mean[:, None, None]) / self.std[:, None, None]
-        x = vit.patch_embed(x)
+        x = self.vit.patch_embed(x)
         if masks is not None:
             token = self.mask_token.to(x.dtype)
             x = torch.where(masks.view(*x.shape[:3], 1), token, x)
-        x = vit.norm_pre(self._with_positions(x))
-        for index, block in enumerate(vit.blocks):
+        embedded: Tensor = self.vit.norm_pre(self._with_positions(x))
+        return embedded
+
+    def _blocks(self, x: Tensor, indices: range, keep: Tensor | None) -> Tensor:
+        for index in indices:
+            block = self.vit.blocks[index]
             first, second = (None, None) if keep is None else (keep[2 * index], keep[2 * index + 1])
             x = self._add(x, lambda y, b=block: b.ls1(b.attn(b.norm1(y))), first)  # type: ignore[misc]
             x = self._add(x, lambda y, b=block: b.ls2(b.mlp(b.norm2(y))), second)  # type: ignore[misc]
-        x = vit.norm(x)
-        return Tokens(x[:, 0], x[:, vit.num_prefix_tokens :])
+        return x
+
+    def _tokens(self, x: Tensor) -> Tokens:
+        x = self.vit.norm(x)
+        return Tokens(x[:, 0], x[:, self.vit.num_prefix_tokens :])
 
     @property
     def num_prefix(self) -> int:

@@ -184,13 +184,62 @@ def hd95(truth: ArrayLike, prediction: ArrayLike, spacing: Sequence[float]) -> V
     voxel centres); when both are: Undefined.
     """
     a, b = _masks(truth, prediction)
+    distances = _surface_distances(a, b, spacing)
+    return distances if isinstance(distances, Undefined) else _hd95(distances, a.shape, spacing)
+
+
+def surface_dice(
+    truth: ArrayLike, prediction: ArrayLike, spacing: Sequence[float], tolerance_mm: float
+) -> Value:
+    """Share of the voxels of both surfaces that lie within `tolerance_mm` of the other (Nikolov et al. 2021,
+    arXiv 1809.04430), a surface voxel counted as one. 0 when one mask is empty; Undefined when both are.
+    """
+    a, b = _masks(truth, prediction)
+    distances = _surface_distances(a, b, spacing)
+    return distances if isinstance(distances, Undefined) else _surface_dice(distances, tolerance_mm)
+
+
+def segmentation_metrics(
+    truth: ArrayLike, prediction: ArrayLike, spacing: Sequence[float], tolerance_mm: float
+) -> dict[str, Value]:
+    """`dice`, `hd95_mm` and `surface_dice` of one class of one subject, the surfaces measured once."""
+    a, b = _masks(truth, prediction)
+    distances = _surface_distances(a, b, spacing)
+    if isinstance(distances, Undefined):
+        return dict.fromkeys(("dice", "hd95_mm", "surface_dice"), distances)
+    return {
+        "dice": dice(a, b),
+        "hd95_mm": _hd95(distances, a.shape, spacing),
+        "surface_dice": _surface_dice(distances, tolerance_mm),
+    }
+
+
+Distances = tuple[Floats, Floats]
+
+
+def _surface_distances(
+    a: NDArray[np.bool_], b: NDArray[np.bool_], spacing: Sequence[float]
+) -> Distances | Undefined:
+    """mm from every surface voxel of `a` to the surface of `b`, and back; two empty arrays when one has none."""
     if len(spacing) != a.ndim:
         raise ValueError(f"{a.ndim} axes but {len(spacing)} spacings")
-    if not a.any() and not b.any():
-        return BOTH_EMPTY
     if not a.any() or not b.any():
-        return float(np.linalg.norm((np.array(a.shape) - 1) * np.asarray(spacing)))
-    edge_a, edge_b = (mask & ~ndimage.binary_erosion(mask) for mask in (a, b))
+        return (np.empty(0), np.empty(0)) if a.any() or b.any() else BOTH_EMPTY
+    box = ndimage.find_objects((a | b).astype(np.uint8))[
+        0
+    ]  # beyond it there is no surface: exact, and a fraction of the voxels
+    edge_a, edge_b = (mask[box] & ~ndimage.binary_erosion(mask[box]) for mask in (a, b))
     to_b = ndimage.distance_transform_edt(~edge_b, sampling=spacing)[edge_a]
     to_a = ndimage.distance_transform_edt(~edge_a, sampling=spacing)[edge_b]
-    return float(max(np.percentile(to_b, 95), np.percentile(to_a, 95)))
+    return to_b, to_a
+
+
+def _hd95(distances: Distances, shape: tuple[int, ...], spacing: Sequence[float]) -> float:
+    if not len(distances[0]):
+        return float(np.linalg.norm((np.array(shape) - 1) * np.asarray(spacing)))
+    return float(max(np.percentile(part, 95) for part in distances))
+
+
+def _surface_dice(distances: Distances, tolerance_mm: float) -> float:
+    near = sum(int((part <= tolerance_mm).sum()) for part in distances)
+    return near / sum(map(len, distances)) if len(distances[0]) else 0.0

@@ -44,7 +44,7 @@ def place(
     the brain. `rejected`: the session's scans that are not used, whether they could be read or not. The notes are those
     of reading it and of placing it. Raises `Rejected`: MASK_VALUES, MASK_GRID.
     """
-    data, affine = to_ras(_classes(found, values), found.affine)
+    data, affine = to_ras(numbered(found, values), found.affine)
     owner = _owner(data, affine, scans, transforms, rejected)
     moved = (transforms[owner] if owner else next(iter(transforms.values()))) @ affine
     placed: NDArray[np.uint8] = onto_grid(data, moved, grid, labels=True)
@@ -91,7 +91,7 @@ def _owner(
     return None
 
 
-def _classes(found: Volume, values: Sequence[Sequence[int]]) -> NDArray[np.uint8]:
+def numbered(found: Volume, values: Sequence[Sequence[int]]) -> NDArray[np.uint8]:
     """Raw values -> class numbers. Values may be stored as floats, but must be whole and in the card."""
     if any(note.code == "NONFINITE_FILLED" for note in found.notes):
         raise Rejected("MASK_VALUES", "holds NaN or infinity; write it again as integers")

@@ -108,6 +108,28 @@ def to_native(
     return nearest(labels.transpose(2, 1, 0), grid.affine_xyz, shape, placed)
 
 
+def most_probable(
+    probabilities: NDArray[np.float32],
+    grid: Grid,
+    shape: tuple[int, int, int],
+    affine: Affine,
+    transform: Affine | None = None,
+) -> NDArray[np.uint8]:
+    """The class of each of the scan's own voxels [I, J, K], from the probabilities [K, Z, H, W] of a grid.
+
+    Probabilities are interpolated linearly and compared there, so that a border is not bound to the grid's pixels.
+    Class 0, background, outside the grid; ties go to the lower class. `transform` as in `to_native`.
+    """
+    placed = affine if transform is None else transform @ affine
+    step = np.linalg.inv(grid.affine_xyz) @ placed
+    best, found = np.full(shape, -np.inf, np.float32), np.zeros(shape, np.uint8)
+    for index, values in enumerate(probabilities):
+        here = np.nan_to_num(_resample(values.transpose(2, 1, 0), step, shape, labels=False), nan=-1.0)
+        higher = here > best
+        best[higher], found[higher] = here[higher], index
+    return found
+
+
 def nearest(labels: NDArray[Any], affine: Affine, shape: tuple[int, ...], other: Affine) -> NDArray[Any]:
     """Labels on the voxels of `affine`, at the voxels of another grid: the nearest, 0 outside."""
     return _resample(labels, np.linalg.inv(affine) @ other, shape, labels=True)
@@ -174,6 +196,14 @@ def kept(brain: NDArray[np.bool_], min_brain: float, rule: Kept = BRAIN) -> rang
 
 def _run(slices: range) -> slice:
     return slice(slices.start, slices.stop, slices.step)
+
+
+def kept_grid(grid: Grid, slices: range) -> Grid:
+    """The grid of the slices that were kept alone: every n-th one is then n times as thick."""
+    affine = grid.affine.copy()
+    affine[:, 3] += slices.start * affine[:, 2]
+    affine[:, 2] *= slices.step
+    return Grid((len(slices), *grid.shape[1:]), affine)
 
 
 def to_stacks(volumes: NDArray[Any], slices: range) -> NDArray[Any]:

@@ -1,0 +1,330 @@
+"""One cell of segmentation: a light decoder on patch tokens, trained on slices, judged in 3-D on the scan's own voxels.
+
+Each test subject's slices are put together again, taken back to the voxels the label file is drawn on, written as
+NIfTI and scored there, against that file. Kept per cell: `predictions.parquet` (a row per subject and region),
+`decoder.safetensors`, the label maps under `maps/`, and a picture of each subject under `overlays/`.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import save_file
+
+from cranium import native, store, tokens
+from cranium.config import Cell, Decoder, Segmentation, UserError
+from cranium.figures import overlay
+from cranium.models import decoder as decoders
+from cranium.store import Artefact
+from cranium.tasks import segmentation, splits
+
+RECIPE = 1
+PREDICTIONS = "predictions.parquet"
+DECODER = "decoder.safetensors"
+MAPS, OVERLAYS = "maps", "overlays"
+KEPT = ("head", "site", "sex", "age")  # columns of a session that a report may group by
+
+
+@dataclass(frozen=True)
+class LabelFiles:
+    """Where the label files of a cohort are on this machine: (subject, session) -> path below `root`."""
+
+    root: Path
+    paths: Mapping[tuple[str, str], str]
+
+    def of(self, subject: str, session: str) -> Path:
+        if (subject, session) not in self.paths:
+            raise UserError("LABELS", f"no label file of {subject} {session} is below {self.root} any more")
+        return self.root / self.paths[subject, session]
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """Where one cohort's labelled sessions, their tokens and their label files lie."""
+
+    name: str
+    shard_set: Path
+    tokens: Path
+    label_files: LabelFiles
+
+
+@dataclass(frozen=True)
+class Work:
+    """A cell with everything it needs, in plain values: what a trial is handed."""
+
+    cell: Cell
+    task: Segmentation
+    decoder: Decoder
+    cohort: Cohort
+    external: tuple[Cohort, ...]
+    folder: Path
+    tags: tuple[tuple[str, str], ...] = ()
+
+
+def subjects(shard_set: Path, task: Segmentation) -> pd.DataFrame:
+    """The subjects with a label map, one row each, sorted: `label` says whether it holds any of the task's classes.
+
+    A subject's first session that has a label map stands for it (the declared rule). Raises `UserError(LABEL)`.
+    """
+    manifest = store.read_manifest(shard_set)
+    try:
+        lookup = segmentation.lookup(task.classes, manifest["classes"])
+    except ValueError as error:
+        raise UserError("LABEL", f"task {task.name}, cohort {manifest['cohort']}: {error}") from None
+    table = pd.read_parquet(shard_set / "sessions.parquet").sort_values(["subject", "session"], kind="stable")
+    table = table[table["label_ml"].notna()].drop_duplicates("subject").reset_index(drop=True)
+    if table.empty:
+        raise UserError("LABEL", f"no subject of {manifest['cohort']} has a label map")
+    names = [name for number, name in enumerate(manifest["classes"], 1) if lookup[number]]
+    held = [any(json.loads(ml)[name] > 0 for name in names) for ml in table["label_ml"]]
+    matched = manifest["card"].get("matched")
+    return table.assign(
+        label=np.array(held, int), matched=table[matched].astype(str) if matched else table["subject"]
+    )
+
+
+def run_cell(work: Work, folds: Mapping[str, int]) -> dict[str, float | None]:
+    """Train one cell's decoder and judge it; write its predictions and manifest; return its metrics.
+
+    A cell whose manifest is there is returned as it is.
+    """
+    if Artefact(work.folder).done:
+        return dict(store.read_manifest(work.folder)["metrics"])
+    cell = work.cell
+    home = subjects(work.cohort.shard_set, work.task)
+    fold_of = home["subject"].map(dict(folds)).to_numpy()
+    pool = home[fold_of != cell.fold]
+    labelled = splits.label_fraction(
+        pool["subject"].tolist(), pool["label"].to_numpy(), cell.label_fraction, cell.seed
+    )
+    train, test = home[home["subject"].isin(labelled)], home[fold_of == cell.fold]
+    fitted = _fit(work, train)
+    parts = [_judged(fitted, work, work.cohort, test, "test")]
+    parts += [
+        _judged(fitted, work, cohort, subjects(cohort.shard_set, work.task), "external")
+        for cohort in work.external
+    ]
+    predictions = pd.DataFrame([row for part in parts for row in part])
+    scores = _metrics(predictions, work.task.classes)
+    predictions.to_parquet(work.folder / PREDICTIONS)
+    save_file(fitted.decoder, work.folder / DECODER)
+    (work.folder / MAPS / "dseg.tsv").write_text(_legend(work.task))
+    store.commit(
+        work.folder,
+        {
+            "stage": "adapt",
+            "cell": cell.model_dump(mode="json"),
+            "task": work.task.model_dump(mode="json"),
+            "decoder": work.decoder.model_dump(mode="json"),
+            "counts": {
+                "n_train": len(train),
+                "n_train_positive": int(train["label"].sum()),
+                "n_train_slices": fitted.slices,
+                "n_train_slices_positive": fitted.positive,
+                "n_validation": 0,  # nothing is chosen: the last step's decoder is the one that is judged
+                "n_test": len(test),
+                "n_test_positive": int(test["label"].sum()),
+            },
+            "metrics": scores,
+            "undefined": {
+                f"{r.role}/{r.cohort}/{r.subject}/{r.region}": r.undefined
+                for r in predictions[predictions["undefined"] != ""].itertuples()
+            },
+            "losses": [round(value, 5) for value in fitted.losses],
+            "tags": dict(work.tags),
+            "inputs": [[c.shard_set.name, c.tokens.name] for c in (work.cohort, *work.external)],
+        },
+    )
+    return scores
+
+
+# ---- data -----------------------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=4)
+def _tokens(folder: Path) -> tuple[dict[tuple[str, str], slice], NDArray[np.float16]]:
+    """Where each session's rows are, and all rows. Cached: a trial's process runs many cells."""
+    rows, values = tokens.read(folder)
+    places: dict[tuple[str, str], slice] = {}
+    for key, index in rows.groupby(["subject", "session"], sort=False).indices.items():
+        places[key] = slice(int(index[0]), int(index[-1]) + 1)
+    return places, values
+
+
+@functools.lru_cache(maxsize=512)
+def _labels(shard_set: Path, subject: str, session: str) -> NDArray[np.uint8]:
+    """Labels [n, H, W] of a session, as the card numbers them."""
+    made = Artefact(shard_set)
+    return native.read_stacks(made, made.manifest(), subject, session).labels
+
+
+def _keys(table: pd.DataFrame) -> Iterator[tuple[str, str]]:
+    yield from zip(table["subject"], table["session"], strict=True)
+
+
+# ---- training -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Fitted:
+    """`scores`: of a session's rows, [n, K, H, W] for every part of them; what it was trained on, and how it went."""
+
+    scores: Callable[[Cohort, tuple[str, str]], Iterator[torch.Tensor]]
+    decoder: dict[str, torch.Tensor]
+    losses: list[float]
+    slices: int
+    positive: int
+
+
+def _fit(work: Work, train: pd.DataFrame) -> _Fitted:
+    spec, home = work.decoder, work.cohort
+    places, values = _tokens(home.tokens)
+    table = _lookup(home, work.task)
+    rows = np.concatenate([np.arange(places[key].start, places[key].stop) for key in _keys(train)])
+    labels = table[np.concatenate([_labels(home.shard_set, *key) for key in _keys(train)])]
+    size, device = labels.shape[-1], torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(work.cell.seed)
+        model = decoders.build(
+            spec.kind(work.cell.adaptation),
+            dim=values.shape[3],
+            num_depths=values.shape[1],
+            num_classes=len(work.task.classes) + 1,
+            width=spec.width,
+        ).to(device)
+
+    def scores(of: NDArray[np.float16]) -> torch.Tensor:
+        found: torch.Tensor = model(torch.from_numpy(of).to(device).float().transpose(0, 1), covered)
+        return found
+
+    covered = store.read_manifest(home.tokens)["pixels"]
+    cut = (size - covered) // 2
+    inside = labels[:, cut : cut + covered, cut : cut + covered]
+    positive = inside.any(axis=(1, 2))
+    shares = np.bincount(inside.ravel(), minlength=len(work.task.classes) + 1) / inside.size
+    decoders.start_at(model, shares.tolist())
+    how = segmentation.Fit(
+        spec.steps, spec.batch_size, spec.weight_decay, spec.warmup, spec.foreground, work.cell.seed
+    )
+    model.train()
+    losses = segmentation.fit(
+        lambda batch: scores(values[rows[batch]]),
+        lambda batch: inside[batch],
+        positive,
+        [{"params": list(model.parameters()), "lr": spec.lr}],
+        how,
+    )
+    model.eval()
+
+    def predict(cohort: Cohort, key: tuple[str, str]) -> Iterator[torch.Tensor]:
+        of, every = _tokens(cohort.tokens)
+        for begin in range(of[key].start, of[key].stop, spec.batch_size):
+            with torch.inference_mode():
+                yield scores(np.array(every[begin : min(begin + spec.batch_size, of[key].stop)]))
+
+    weights = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
+    return _Fitted(predict, weights, losses, len(rows), int(positive.sum()))
+
+
+def _lookup(cohort: Cohort, task: Segmentation) -> NDArray[np.uint8]:
+    return segmentation.lookup(task.classes, store.read_manifest(cohort.shard_set)["classes"])
+
+
+def _probabilities(parts: Iterator[torch.Tensor], size: int) -> NDArray[np.float32]:
+    """Class probabilities [K, n, size, size]; the margin that no patch covers is background."""
+    found = torch.cat([part.float().softmax(1).cpu() for part in parts])
+    cut = (size - found.shape[-1]) // 2
+    whole = torch.zeros(*found.shape[:2], size, size)
+    whole[:, 0] = 1
+    whole[:, :, cut : cut + found.shape[-1], cut : cut + found.shape[-1]] = found
+    return np.ascontiguousarray(whole.transpose(0, 1).numpy())
+
+
+# ---- judging --------------------------------------------------------------------------------------------------------
+
+
+def _judged(
+    fitted: _Fitted, work: Work, cohort: Cohort, table: pd.DataFrame, role: str
+) -> Iterator[dict[str, Any]]:
+    """Rows of `predictions.parquet`: each subject's label map written, scored in 3-D and pictured."""
+    made = Artefact(cohort.shard_set)
+    manifest, lookup = made.manifest(), _lookup(cohort, work.task)
+    values = [manifest["card"]["segmentation"][name] for name in manifest["classes"]]
+    for row in table.to_dict("records"):
+        key = (row["subject"], row["session"])
+        stacks = native.read_stacks(made, manifest, *key)
+        truth = native.read_truth(
+            cohort.label_files.of(*key),
+            cohort.label_files.root,
+            row,
+            values,
+            stacks,
+            manifest["preprocessing"]["orientation"],
+        )
+        probabilities = _probabilities(fitted.scores(cohort, key), stacks.labels.shape[-1])
+        predicted = truth.place.to_native(probabilities)
+        name = _name(*key) if role == "test" else f"{cohort.name}_{_name(*key)}"
+        written = work.folder / MAPS / f"{name}_dseg.nii.gz"
+        native.write(written, predicted, truth.place.affine, f"cranium {work.folder.name}")
+        known, here = lookup[stacks.labels], probabilities.argmax(0).astype(np.uint8)
+        overlay.write(work.folder / OVERLAYS / f"{name}.png", stacks.pixels, known, here)
+        about = {
+            "cohort": cohort.name,
+            "role": role,
+            "fold": work.cell.fold,
+            "subject": key[0],
+            "session": key[1],
+            "group": str(row[work.cell.scheme]) if work.cell.scheme in row else key[0],
+            **{c: row[c] for c in KEPT if c in row},
+            "map": written.name,
+            "picture": f"{name}.png",
+            "truth_sha256": truth.sha256,
+        }
+        scored = segmentation.scored(
+            lookup[truth.classes], predicted, regions(work.task), truth.place.affine, work.task.tolerance_mm
+        )
+        yield from (about | score for score in scored)
+
+
+def regions(task: Segmentation) -> dict[str, tuple[int, ...]]:
+    """What is scored: every class, and every declared union of classes, by their numbers."""
+    number = {name: k for k, name in enumerate(task.classes, 1)}
+    unions = {name: tuple(number[part] for part in parts) for name, parts in task.regions.items()}
+    return {name: (k,) for name, k in number.items()} | unions
+
+
+def _name(subject: str, session: str) -> str:
+    return f"sub-{subject}_ses-{session}" if session else f"sub-{subject}"
+
+
+def _legend(task: Segmentation) -> str:
+    """What the numbers of the label maps mean, in BIDS' form."""
+    lines = [f"{k}\t{name}" for k, name in enumerate(("background", *task.classes))]
+    return "\n".join(["index\tname", *lines]) + "\n"
+
+
+def _metrics(predictions: pd.DataFrame, classes: Collection[str]) -> dict[str, float | None]:
+    """Means over subjects, by test set, metric and region; `<metric>` alone is their mean over the task's classes."""
+    found: dict[str, float | None] = {}
+    for (role, cohort), part in predictions.groupby(["role", "cohort"], sort=False):
+        prefix = "test" if role == "test" else f"external/{cohort}"
+        for metric in segmentation.METRICS:
+            means = {r: rows[metric].astype(float).mean() for r, rows in part.groupby("region", sort=False)}
+            known = {r: float(mean) for r, mean in means.items() if np.isfinite(mean)}
+            of_classes = [mean for r, mean in known.items() if r in classes]
+            found[f"{prefix}/{metric}"] = float(np.mean(of_classes)) if of_classes else None
+            found |= {f"{prefix}/{metric}/{r}": known.get(r) for r in means}
+        found |= {
+            f"{prefix}/missed/{r}": float(rows["missed"].sum())
+            for r, rows in part.groupby("region", sort=False)
+        }
+    return found
