@@ -18,7 +18,20 @@ import pytest
 from safetensors.numpy import save_file
 
 import phantoms
-from cranium import checkpoint, cli, forget, identity, ingest, naming, place, pretrain, store, track, trust
+from cranium import (
+    capture,
+    checkpoint,
+    cli,
+    forget,
+    identity,
+    ingest,
+    naming,
+    place,
+    pretrain,
+    store,
+    track,
+    trust,
+)
 from cranium.cards import Card
 from cranium.config import Ingest, Machine, UserError, fingerprint
 from cranium.store import Artefact
@@ -119,6 +132,8 @@ def fill(raw: Path, machine: Machine) -> dict[str, Artefact]:
     begun.mkdir(parents=True)
     (begun / pretrain.KEY).write_text(json.dumps([s["sha256"] for s in ours.manifest()["shards"]]))
     (begun / "ray" / "checkpoint_1").mkdir(parents=True)
+    (begun / capture.FOLDER).mkdir()
+    (begun / capture.FOLDER / "00000003.json").write_text(json.dumps({"rows": [{"subject": WHO}]}))
     weights = at / "pretrain" / "scratch-tiny-00000000"
     weights.mkdir(parents=True)
     save_file({"x": np.zeros(1)}, weights / checkpoint.BACKBONE, {"cranium": "{}"})

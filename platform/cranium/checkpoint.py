@@ -338,8 +338,8 @@ def save_training(folder: Path, state: Mapping[str, Any]) -> None:
     (folder / COMPLETE).write_text(json.dumps({"step": state["step"], "sha256": sha256(folder / TRAINING)}))
 
 
-def load_training(folder: Path) -> dict[str, Any]:
-    """What `save_training` wrote. Raises `Damaged` unless every byte is as it was written."""
+def require_whole(folder: Path) -> None:
+    """Raises `Damaged` unless every byte of a checkpoint is as `save_training` wrote it."""
     try:
         marker = json.loads((folder / COMPLETE).read_text())
         whole = sha256(folder / TRAINING) == marker["sha256"]
@@ -347,5 +347,10 @@ def load_training(folder: Path) -> dict[str, Any]:
         raise Damaged(f"{folder} is not a finished checkpoint ({error})") from None
     if not whole:
         raise Damaged(f"{folder / TRAINING} has other bytes than were written")
+
+
+def load_training(folder: Path) -> dict[str, Any]:
+    """What `save_training` wrote. Raises `Damaged` unless it is whole."""
+    require_whole(folder)
     state: dict[str, Any] = torch.load(folder / TRAINING, map_location="cpu", weights_only=True)
     return state

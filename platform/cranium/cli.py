@@ -81,7 +81,9 @@ def _parted(settings: Sequence[str]) -> tuple[list[str], list[str]]:
 # ---- verbs ----------------------------------------------------------------------------------------------------------
 
 
-def _staged(verb: str, path: Path, settings: list[str] | None, as_json: bool, debug: bool) -> None:
+def _staged(
+    verb: str, path: Path, settings: list[str] | None, as_json: bool, debug: bool, **more: Any
+) -> None:
     def work() -> Outcome:
         from rich.console import Console
 
@@ -96,7 +98,7 @@ def _staged(verb: str, path: Path, settings: list[str] | None, as_json: bool, de
             study = Study(target.exp, target.machine, target.cards, console)
             try:
                 with cluster.hold():
-                    getattr(flow, verb)(study)
+                    getattr(flow, verb)(study, **more)
             except BaseException:
                 traceback.print_exc()  # into the log
                 raise
@@ -146,8 +148,16 @@ def ingest(file: Yaml, settings: Settings = None, json: Json = False, debug: Deb
 
 @app.command()
 def pretrain(file: Yaml, settings: Settings = None, json: Json = False, debug: Debug = False) -> None:
-    """DINOv2 distillation on the stacks."""
-    _staged("pretrain", file, settings, json, debug)
+    """DINOv2 distillation on the stacks.
+
+    replay=FILE does the step again that a capture of this run tells of, and says where it stops being finite.
+    """
+    told = [Path(s.removeprefix("replay=")) for s in settings or () if s.startswith("replay=")]
+    rest = [s for s in settings or () if not s.startswith("replay=")]
+    if told:
+        _staged("replay", file, rest, json, debug, capture=told[-1])
+    else:
+        _staged("pretrain", file, rest, json, debug)
 
 
 @app.command()

@@ -303,6 +303,7 @@ class Pretrain(Frozen):
     # a part at a time, so this is not the loss of the whole batch, and is no setting of `compute`.
     accumulate: int = Field(1, ge=1)
     precision: Literal["fp32", "bf16"] = "bf16"  # of the networks; losses are in fp32
+    nonfinite: Literal["stop", "skip"] = "stop"  # a loss or gradient that is not finite: docs/pretraining.md
     seed: int = 0
     # A folder of <store>/pretrain: its last checkpoint, under these settings.
     continue_from: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")

@@ -206,6 +206,24 @@ def _health_page(study: Study, init: str, made: Artefact, corpus: list[Artefact]
         checkup.write(Course(made, study.exp, init, tuple(corpus)))
 
 
+def replay(study: Study, capture: Path) -> None:
+    """The step that a capture of one of the experiment's pretrainings tells of, done again and looked into."""
+    spec = study.exp.pretrain
+    if spec is None:
+        raise UserError("CONFIG", f"experiment {study.exp.name} has no `pretrain:`: nothing to replay")
+    sets = ingested(study, spec.cohorts)
+    corpus = [_had(sets, study, cohort) for cohort in spec.cohorts]
+    from cranium import pretrain as stage
+    from cranium import replay as again
+
+    inits = {stage.artefact(study.exp, study.machine, init, corpus).path.name: init for init in spec.inits}
+    init = inits.get(capture.absolute().parents[1].name, spec.inits[0])
+    with study.stage("replay"), cluster.connect(study.machine):
+        lines = again.replay(study.exp, study.machine, init, corpus, capture)
+    for line in lines:
+        study.note(line)
+
+
 def _monitored(study: Study, sets: Mapping[str, Artefact]) -> Artefact | None:
     """The shard set the teacher is looked at on, if one is named."""
     assert study.exp.pretrain

@@ -20,7 +20,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from cranium import identity, naming, place, shardset, store, track, versions
+from cranium import capture, identity, naming, place, shardset, store, track, versions
 from cranium.config import Machine, UserError, fingerprint
 from cranium.patterns import tidy
 from cranium.store import Artefact
@@ -192,6 +192,7 @@ def _tombstones(folder: Path, who: _Subject, plan: dict[str, Any], done: Forgott
             f"for new ones, or remove {store.TOMBSTONE} there if you may keep what was learned"
         )
         store.tombstone(made.path, {"date": done.date, "subject": who.key, "kept": True, "message": message})
+        place.remove_folder(made.path / capture.FOLDER)  # names whose rows a step was made of
         done.marked.append(made.id)
         tell(f"marked: {made.id}")
     for made in removed:

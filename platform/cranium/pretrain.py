@@ -8,6 +8,7 @@ from its last checkpoint and ends with the tensors of an undisturbed one. `train
 from __future__ import annotations
 
 import json
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -16,7 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from cranium import checkpoint, checkup, corpora, monitor, store, track, training
+from cranium import capture, checkpoint, checkup, corpora, monitor, restart, store, track, training
 from cranium.config import PRETRAINED_HERE, Experiment, Machine, Pretrain, UserError, canonical
 from cranium.course import Course
 from cranium.store import Artefact
@@ -71,24 +72,17 @@ def pretrain(
     corpus = corpora.corpus(shard_sets, exp.stream)
     if PRETRAINED_HERE[init] != "random":  # asked here once, not by every worker and attempt
         checkpoint.locate(PRETRAINED_HERE[init], exp.arch, machine.weights)
-    spec = {
-        "experiment": exp.model_dump(mode="json"),
-        "init": init,
-        "start": PRETRAINED_HERE[init],
-        "weights_file": str(machine.weights) if machine.weights else None,
-        "shard_sets": [str(shards.path) for shards in shard_sets],
-        "folder": str(made.path),
-        "continued": str(_continued(exp, machine)) if exp.pretrain.continue_from else None,
-        "preprocessing_hash": shard_sets[0].manifest()["preprocessing_hash"],
-        "preprocessing": shard_sets[0].manifest().get("preprocessing"),
-    }
+    told = payload(exp, machine, init, shard_sets)
     with store.lock(machine.store, made.id):
         (made.path / STOP).unlink(missing_ok=True)
+        restart.tidy(made.path)
         store.write_atomic(made.path / KEY, canonical(_key(exp, machine, init, shard_sets)))
         looks = monitor.watching(made.path, monitored, exp.pretrain.compute.monitor)
         page = checkup.kept(made, exp, init, shard_sets)
         with page, _watched(made.path / JOURNAL, exp.pretrain.steps, progress), looks:
-            source = _fit(exp.pretrain, spec, made.path)
+            found = fit(exp.pretrain, told, made.path)
+        if found["captured"]:
+            raise _not_finite(made, Path(found["captured"]))
         card = checkpoint.read_card(made.path)
         store.commit(
             made.path,
@@ -99,7 +93,8 @@ def pretrain(
                 "rows": corpus.rows,
                 "cohorts": list(exp.pretrain.cohorts),
                 "shard_sets": [shards.id for shards in shard_sets],
-                "start": source,
+                "start": found["source"],
+                "skipped": found["skipped"],
                 "continued_from": exp.pretrain.continue_from,
                 "weights_sha256": store.sha256(made.path / checkpoint.BACKBONE),
                 "channels": card["channels"],
@@ -109,6 +104,24 @@ def pretrain(
             },
         )
     return made
+
+
+def payload(
+    exp: Experiment, machine: Machine, init: str, shard_sets: list[Artefact], replay: int | None = None
+) -> dict[str, Any]:
+    """What a worker is told, in plain values."""
+    assert exp.pretrain
+    return {
+        "experiment": exp.model_dump(mode="json"),
+        "start": PRETRAINED_HERE[init],
+        "weights_file": str(machine.weights) if machine.weights else None,
+        "shard_sets": [str(shards.path) for shards in shard_sets],
+        "folder": str(artefact(exp, machine, init, shard_sets).path),
+        "continued": str(_continued(exp, machine)) if exp.pretrain.continue_from else None,
+        "replay": replay,
+        "preprocessing_hash": shard_sets[0].manifest()["preprocessing_hash"],
+        "preprocessing": shard_sets[0].manifest().get("preprocessing"),
+    }
 
 
 # ---- resuming --------------------------------------------------------------------------------------------------------
@@ -137,7 +150,7 @@ def unfinished(machine: Machine, name: str) -> list[Artefact]:
     """Pretrainings of this name that have a checkpoint and no manifest, newest first."""
     folders = (machine.store / "pretrain").glob(f"{name}-*")
     folders = (f for f in folders if (f / KEY).is_file() and not (f / store.TOMBSTONE).exists())
-    begun = [f for f in folders if any((f / "ray").glob("checkpoint_*"))]
+    begun = [f for f in folders if restart.kept(f)]
     newest = sorted(begun, key=lambda f: (f / KEY).stat().st_mtime_ns, reverse=True)
     return [Artefact(folder) for folder in newest if not Artefact(folder).done]
 
@@ -161,7 +174,7 @@ def _continued(exp: Experiment, machine: Machine) -> Path:
     assert exp.pretrain and exp.pretrain.continue_from
     folder = machine.store / "pretrain" / exp.pretrain.continue_from
     store.require_not_forgotten(folder)
-    if not any((folder / "ray").glob("checkpoint_*")):
+    if not restart.kept(folder):
         raise UserError("NO_RUN", f"pretrain.continue_from: {folder} holds no checkpoint")
     return folder
 
@@ -169,7 +182,13 @@ def _continued(exp: Experiment, machine: Machine) -> Path:
 # ---- starting and stopping ------------------------------------------------------------------------------------------
 
 
-def _fit(spec: Pretrain, payload: dict[str, Any], folder: Path) -> dict[str, Any]:
+def fit(spec: Pretrain, told: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """What the first worker has to tell; Ray's files and the checkpoints go to `folder/ray`.
+
+    Ray starts dead workers again, from the last checkpoint. Its controller, whose death it does not survive, is
+    started again here: `compute.max_failures` times each.
+    """
+    from ray.exceptions import RayActorError
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
@@ -177,28 +196,52 @@ def _fit(spec: Pretrain, payload: dict[str, Any], folder: Path) -> dict[str, Any
     resources: dict[str, float] = {"CPU": compute.cpus_per_worker}
     if compute.gpus_per_worker:
         resources["GPU"] = compute.gpus_per_worker
-    trainer = TorchTrainer(
-        training.train_worker,
-        train_loop_config=payload,
-        scaling_config=ScalingConfig(
-            num_workers=compute.num_workers,
-            use_gpu=compute.gpus_per_worker > 0,
-            resources_per_worker=resources,
-        ),
-        run_config=RunConfig(
-            # The folder is named by all that shapes the run, so this name can only ever continue this very run.
-            name="ray",
-            storage_path=str(folder),
-            failure_config=FailureConfig(max_failures=compute.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=compute.keep_checkpoints),
-        ),
-    )
+
+    def once() -> Any:
+        return TorchTrainer(
+            training.train_worker,
+            train_loop_config=told,
+            scaling_config=ScalingConfig(
+                num_workers=compute.num_workers,
+                use_gpu=compute.gpus_per_worker > 0,
+                resources_per_worker=resources,
+            ),
+            run_config=RunConfig(
+                # The folder is named by all that shapes the run, so this name can only ever continue this very run.
+                name=restart.RAY,
+                storage_path=str(folder),
+                failure_config=FailureConfig(max_failures=compute.max_failures),
+                checkpoint_config=CheckpointConfig(num_to_keep=compute.keep_checkpoints),
+            ),
+        ).fit()
+
+    def until_it_lives() -> Any:
+        for left in range(compute.max_failures, -1, -1):
+            try:
+                return once()
+            except RayActorError as death:
+                if not left:
+                    raise
+                print(f"the controller of the training died, and is started again: {death}", flush=True)
+
     try:
-        result = _interruptible(trainer.fit, folder / STOP)
+        result = _interruptible(until_it_lives, folder / STOP)
     except Exception as error:
         raise _explained(error) from error
-    source: dict[str, Any] = result.return_value
-    return source
+    found: dict[str, Any] = result.return_value
+    return found
+
+
+def _not_finite(made: Artefact, path: Path) -> UserError:
+    found = capture.read(path)
+    return UserError(
+        "NOT_FINITE",
+        f"step {found.step}: {', '.join(found.wrong)} (seed {found.seed}); nothing of it entered the weights. Its "
+        f"rows are in {path}; the same command with replay={path} does the step again and says where it begins. To go "
+        f"on from here: pretrain.continue_from={made.path.name} with a lower pretrain.optimiser.lr, "
+        "pretrain.precision=fp32 or pretrain.nonfinite=skip",
+        exit_code=1,
+    )
 
 
 def _interruptible(work: Callable[[], Any], stop: Path) -> Any:
@@ -248,7 +291,7 @@ def _watched(journal: Path, steps: int, progress: Progress | None) -> Iterator[N
     def tell() -> None:
         if progress and (entries := track.read_journal(journal)):
             last = entries[-1]
-            loss, rate = last.metrics["train/loss"], last.metrics["sys/stacks_per_second"]
+            loss, rate = last.metrics.get("train/loss", math.nan), last.metrics["sys/stacks_per_second"]
             progress(last.step + 1, steps, f"loss {loss:.3f}, {rate:.0f} stacks/s")
 
     with repeatedly(tell, 1.0):

@@ -45,6 +45,7 @@ METRICS: Mapping[str, str] = {
     "train/momentum": "of the teacher",
     "train/teacher_temperature": "that the teacher's targets are sharpened with",
     "train/grad_norm_<module>": "of backbone, dino_head and ibot_head, before clipping",
+    "train/skipped": "updates left out so far because they were not finite",
     "sys/data_wait_seconds": "of a step, spent waiting for data",
     "sys/data_wait_share": "of a step, spent waiting for data",
     "monitor/knn_position": "balanced accuracy of slice position (fifths), k-NN, monitoring cohort",

@@ -1,40 +1,40 @@
 """What every worker of a pretraining runs: student and teacher over the stream, step by step. [Ray Train]
 
-`pretrain.py` starts it. A worker takes up the newest whole checkpoint, goes on from its step, and writes the next ones
-aside while the steps go on. When asked to stop it makes one more and leaves.
+`pretrain.py` starts it. A worker takes up the newest whole checkpoint (`restart.py`), goes on from its step, and writes
+the next ones aside while the steps go on. Asked to stop, or at a step that is not finite, it makes one more and leaves.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
-import math
-import shutil
-import tempfile
 import time
 import uuid
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from cranium import checkpoint, corpora, monitor, store, stream, track
-from cranium.config import Crops, Experiment, Loss, Optimiser, Pretrain, UserError, fingerprint
-from cranium.dinov2 import health, schedules
+from cranium import capture, checkpoint, corpora, monitor, restart, store, stream, track
+from cranium.config import Crops, Experiment, Loss, Optimiser, Pretrain, fingerprint
+from cranium.dinov2 import anomaly, schedules
 from cranium.dinov2.crops import CropSpec
-from cranium.dinov2.method import DINOv2, MethodSpec, Student, clip_gradients, parameter_groups
+from cranium.dinov2.method import DINOv2, MethodSpec, Student, parameter_groups
+from cranium.restart import Position
 from cranium.store import Artefact
+from cranium.update import Terms, backward, update
+from cranium.volume import plan
 
 JOURNAL = "journal"
 START = "start.json"  # where the first weights came from and how they fitted
 STOP = "stop"  # a file in the run's folder: make a checkpoint and leave
+MOST_SKIPPED = 5  # updates left out in a row; the next one that is not finite ends the run
 
 
 def train_worker(payload: dict[str, Any]) -> dict[str, Any]:
-    """What every worker runs. Returns where its first weights came from."""
+    """What every worker runs: all steps, or those up to the one to look into (`replay`). What it has to tell."""
     import ray.train
     import ray.train.torch
 
@@ -47,7 +47,7 @@ def train_worker(payload: dict[str, Any]) -> dict[str, Any]:
     device = ray.train.torch.get_device()
     corpus = corpora.corpus([Artefact(Path(folder)) for folder in payload["shard_sets"]], exp.stream)
     method, source = _build(spec, payload, corpus, device)
-    if rank == 0:
+    if rank == 0 and payload["replay"] is None:
         store.write_atomic(Path(payload["folder"]) / START, json.dumps(asdict(source)))
     optimiser = torch.optim.AdamW(
         parameter_groups(
@@ -59,27 +59,32 @@ def train_worker(payload: dict[str, Any]) -> dict[str, Any]:
         betas=(0.9, spec.optimiser.beta2),
         fused=True,
     )
-    start = _restore(method, optimiser, payload["continued"])
+    replay: int | None = payload["replay"]
+    folder = Path(payload["folder"])
+    continued = Path(payload["continued"]) if payload["continued"] else None
+    position = restart.restore(method, optimiser, folder, continued, replay)
     if world > 1:
         method.student = nn.parallel.DistributedDataParallel(
             method.plain_student,
             device_ids=[device.index] if device.type == "cuda" else None,
             broadcast_buffers=False,
         )
+    order = stream.order(exp.stream, spec.batch_size, spec.seed)
     batches = stream.batches(
         corpus,
-        stream.order(exp.stream, spec.batch_size, spec.seed),
-        start=start,
-        stop=spec.steps,
+        order,
+        start=position.step,
+        stop=spec.steps if replay is None else replay + 1,
         rank=rank,
         world=world,
         prefetch=spec.compute.prefetch_batches,
         read_cpus=spec.compute.read_cpus,
         fill=exp.stream.fill,
     )
-    journal = (
-        track.Journal(Path(payload["folder"]) / JOURNAL, uuid.uuid4().hex[:8], start) if rank == 0 else None
-    )
+    if replay is not None:
+        run = Run(folder, device, world, corpus, order)
+        return {"replayed": _replayed(spec, method, optimiser, batches, run, replay)}
+    journal = track.Journal(folder / JOURNAL, uuid.uuid4().hex[:8], position.step) if rank == 0 else None
     card = {
         "channels": list(corpus.channels),
         "preprocessing_hash": payload["preprocessing_hash"],
@@ -87,26 +92,28 @@ def train_worker(payload: dict[str, Any]) -> dict[str, Any]:
         "image_size": corpus.shape[-1],
         "config": fingerprint(spec),
     }
-    run = Run(Path(payload["folder"]), device, world, journal, card)
-    if start == 0:
+    run = Run(folder, device, world, corpus, order, journal, card)
+    if position.step == 0:
         _look(spec, method, run, 0)
-    finished = _loop(spec, method, optimiser, batches, run)
+    captured = _loop(spec, method, optimiser, batches, position, run)
     if journal:
         journal.close()
-    if journal and finished:
+    if journal and position.step == spec.steps:
         checkpoint.export(run.folder, method.teacher.backbone, card)
-    return asdict(source)
+    return {"source": asdict(source), "skipped": position.skipped, "captured": str(captured or "")}
 
 
 @dataclass(frozen=True)
 class Run:
-    """Where one worker works. Only the first has a journal, and it alone writes."""
+    """Where one worker works, and on what. Only the first has a journal, and it alone writes."""
 
     folder: Path
     device: torch.device
     world: int
-    journal: track.Journal | None
-    card: dict[str, Any]  # of exported backbones
+    corpus: corpora.Corpus
+    order: plan.Order
+    journal: track.Journal | None = None
+    card: dict[str, Any] = field(default_factory=dict)  # of exported backbones
 
 
 def _look(spec: Pretrain, method: DINOv2, run: Run, done: int) -> None:
@@ -174,80 +181,91 @@ def _loop(
     method: DINOv2,
     optimiser: torch.optim.Optimizer,
     batches: Iterator[stream.Batch],
+    position: Position,
     run: Run,
-) -> bool:
-    """Every step from the stream's first to its last; False when asked to stop before."""
+) -> Path | None:
+    """Every step from the stream's first to its last, or until asked to stop; the capture of one that ended it."""
     schedule = rates(spec.optimiser, spec.loss, spec.steps, spec.batch_size)
     warned = False  # of a preemption: one checkpoint is made for it
+    saved = position.step
     clock = time.perf_counter()
     for batch in batches:
         waited = time.perf_counter() - clock
         now = schedule.at(batch.step)
-        schedules.apply(now, optimiser.param_groups)
-        optimiser.zero_grad(set_to_none=True)
-        terms = _backward(spec, method, batch, now.teacher_temperature, run)
-        norms = clip_gradients(method.plain_student, spec.optimiser.clip)
-        optimiser.step()
-        method.update_teacher(now.momentum)
-        done = batch.step + 1
+        terms = update(spec, method, optimiser, batch, now)
+        if not terms.finite:
+            ends = spec.nonfinite == "stop" or position.in_a_row == MOST_SKIPPED
+            if ends and saved != position.step:  # as it was before this step
+                restart.save(method, optimiser, position, run.journal is not None, awaited=True)
+                saved = position.step
+            captured = _captured(spec, terms, batch.step, saved, not ends, run)
+            if ends:
+                return captured
+            position.skipped += 1
+        position.in_a_row = 0 if terms.finite else position.in_a_row + 1
+        position.step = done = batch.step + 1
         if run.journal and (done % spec.compute.log_every == 0 or done == spec.steps or batch.step == 0):
             seconds = time.perf_counter() - clock
-            values = {f"train/{n}": float(v) for n, v in terms.items() if n not in ("total", "teacher_cls")}
-            values |= {
+            values = terms.metrics() | {
                 "train/lr": now.lr,
                 "train/weight_decay": now.weight_decay,
                 "train/momentum": now.momentum,
+                "train/teacher_temperature": now.teacher_temperature,
             }
-            values |= {"train/teacher_temperature": now.teacher_temperature}
-            values |= {f"train/grad_norm_{module}": float(norm) for module, norm in norms.items()}
-            values |= {"train/effective_rank": health.effective_rank(terms["teacher_cls"])}
+            values |= {"train/skipped": float(position.skipped)} if spec.nonfinite == "skip" else {}
             values |= {"sys/data_wait_seconds": waited, "sys/data_wait_share": waited / seconds}
             values |= {"sys/stacks_per_second": spec.batch_size / seconds}
             run.journal.metrics(batch.step, values)
-        _require_finite(terms["loss"], norms["backbone"], batch, done, spec)
         asked = _asked(run, done, spec)
         leaving, preempted = asked == "leave", asked == "save" and not warned
         warned = warned or preempted
         if done % spec.compute.checkpoint_every == 0 or done == spec.steps or leaving or preempted:
             awaited = done == spec.steps or leaving or preempted
-            _save(method, optimiser, done, run.journal is not None, awaited)
+            restart.save(method, optimiser, position, run.journal is not None, awaited)
+            saved = done
         _look(spec, method, run, done)
         if leaving:
-            return done == spec.steps
+            return None
         clock = time.perf_counter()
-    return True
+    return None
 
 
-def _backward(
-    spec: Pretrain, method: DINOv2, batch: stream.Batch, temperature: float, run: Run
-) -> dict[str, Tensor]:
-    """Losses of a batch and their gradients, part by part; workers exchange gradients with the last part only."""
-    reduce, gather = (_reduce, _gather) if run.world > 1 else (_identity, _identity)
-    precision = torch.bfloat16 if spec.precision == "bf16" else None
-    size = len(batch.rows) // spec.accumulate
-    found: list[dict[str, Tensor]] = []
-    for number in range(spec.accumulate):
-        part = slice(number * size, (number + 1) * size)  # a view: pinned memory stays pinned
-        waits = run.world > 1 and number < spec.accumulate - 1
-        with method.student.no_sync() if waits else contextlib.nullcontext():  # type: ignore[operator]
-            terms = method.losses(
-                batch.stacks[part].to(run.device, non_blocking=True),
-                batch.present[part].to(run.device, non_blocking=True),
-                batch.rows[part],
-                batch.step,
-                seed=spec.seed,
-                teacher_temperature=temperature,
-                reduce=reduce,
-                gather=gather,
-                precision=precision,
-            )
-            (terms["total"] / spec.accumulate).backward()  # type: ignore[no-untyped-call]
-        found.append({name: term.detach() for name, term in terms.items()})
-    if len(found) == 1:
-        return found[0]
-    together = {name: torch.stack([terms[name] for terms in found]) for name in found[0]}
-    cls = together.pop("teacher_cls").flatten(0, 1)
-    return {name: values.mean(0) for name, values in together.items()} | {"teacher_cls": cls}
+def _captured(spec: Pretrain, terms: Terms, step: int, saved: int, skipped: bool, run: Run) -> Path | None:
+    """Write down a step that was not finite."""
+    if run.journal is None:
+        return None
+    rows = tuple(capture.rows(run.corpus, run.order, step))
+    found = capture.Capture(step, spec.seed, run.world, saved, skipped, terms.scalars(), rows)
+    return capture.write(run.folder, found)
+
+
+def _replayed(
+    spec: Pretrain,
+    method: DINOv2,
+    optimiser: torch.optim.Optimizer,
+    batches: Iterator[stream.Batch],
+    run: Run,
+    step: int,
+) -> list[dict[str, Any]]:
+    """Work up to `step` as the run did, and find out where that step stops being finite: by worker."""
+    schedule = rates(spec.optimiser, spec.loss, spec.steps, spec.batch_size)
+    for batch in batches:
+        now = schedule.at(batch.step)
+        if batch.step == step:
+            break
+        update(spec, method, optimiser, batch, now)
+    optimiser.zero_grad(set_to_none=True)
+
+    def work(look: anomaly.Look) -> dict[str, torch.Tensor]:
+        terms = backward(spec, method, batch, now.teacher_temperature, look)
+        return {name: term for name, term in terms.items() if name not in ("total", "teacher_cls")}
+
+    found = anomaly.trace({"student": method.plain_student, "teacher": method.teacher}, work)
+    if run.world == 1:
+        return [found]
+    everyone: list[Any] = [None] * run.world
+    torch.distributed.all_gather_object(everyone, found)
+    return everyone
 
 
 def _asked(run: Run, done: int, spec: Pretrain) -> Literal["leave", "save"] | None:
@@ -262,83 +280,3 @@ def _asked(run: Run, done: int, spec: Pretrain) -> Literal["leave", "save"] | No
     if leave.item():
         return "leave"
     return "save" if ray.train.get_preemption_info() is not None else None
-
-
-def _require_finite(loss: Tensor, norm: Tensor, batch: stream.Batch, done: int, spec: Pretrain) -> None:
-    # One host sync per log interval only: a NaN is noticed before it is checkpointed, not at every step.
-    due = (
-        done % spec.compute.log_every == 0 or done % spec.compute.checkpoint_every == 0 or done == spec.steps
-    )
-    if due and not (math.isfinite(float(loss)) and math.isfinite(float(norm))):
-        raise UserError(
-            "NOT_FINITE",
-            f"the loss is {float(loss)}, the gradient's norm {float(norm)} at step {batch.step} (seed {spec.seed}); "
-            "lower pretrain.optimiser.lr, or set pretrain.precision=fp32",
-            exit_code=1,
-        )
-
-
-def _identity(x: Tensor) -> Tensor:
-    return x
-
-
-def _reduce(x: Tensor) -> Tensor:
-    torch.distributed.all_reduce(x := x.clone())
-    return x
-
-
-def _gather(x: Tensor) -> Tensor:
-    import torch.distributed.nn.functional as collectives
-
-    return torch.cat(list(collectives.all_gather(x)))  # type: ignore[no-untyped-call]
-
-
-def _save(method: DINOv2, optimiser: torch.optim.Optimizer, done: int, writes: bool, awaited: bool) -> None:
-    """Write a checkpoint aside and hand it to Ray, which copies it while the steps go on, unless it is `awaited`."""
-    import ray.train
-    from ray.train import Checkpoint, CheckpointUploadMode
-
-    if not writes:
-        ray.train.report({"step": done})
-        return
-    folder = Path(tempfile.mkdtemp(prefix="checkpoint-"))
-    try:
-        state = {"step": done, "method": method.state_dict(), "optimiser": optimiser.state_dict()}
-        checkpoint.save_training(folder, state)
-        ray.train.report(
-            {"step": done},
-            checkpoint=Checkpoint.from_directory(folder),
-            checkpoint_upload_mode=CheckpointUploadMode.SYNC if awaited else CheckpointUploadMode.ASYNC,
-            delete_local_checkpoint_after_upload=True,
-        )
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-
-
-def _restore(method: DINOv2, optimiser: torch.optim.Optimizer, continued: str | None) -> int:
-    """Take up the newest whole checkpoint of this run, else of the run it continues; the step to go on with."""
-    import ray.train
-
-    if ray.train.get_checkpoint() is None:
-        folders = sorted((Path(continued) / "ray").glob("checkpoint_*")) if continued else []
-    else:
-        folders = [Path(reported.checkpoint.path) for reported in ray.train.get_all_reported_checkpoints()]
-    for folder in reversed(folders):
-        try:
-            state = checkpoint.load_training(folder)
-        except checkpoint.Damaged as damage:
-            print(f"checkpoint left out: {damage}", flush=True)
-            continue
-        try:
-            method.load_state_dict(state["method"])
-            optimiser.load_state_dict(state["optimiser"])
-        except (RuntimeError, KeyError, ValueError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise UserError(
-                "CHECKPOINT", f"{folder} holds another network or other heads: {reason}"
-            ) from None
-        return int(state["step"])
-    if folders:
-        raise UserError("CHECKPOINT", f"none of {len(folders)} checkpoints of this run is whole", 1)
-    return 0

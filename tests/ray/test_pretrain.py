@@ -10,43 +10,14 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from cranium import checkpoint, pretrain, track
-from cranium.config import Experiment, Machine
+from cranium import checkpoint, pretrain, restart, track
+from cranium.config import Machine
 from cranium.store import Artefact
+from pretrainings import STEPS, experiment, journal, last_state, same
 from shards import shard_set
 
 pytestmark = pytest.mark.ray
-STEPS = 40
-
-
-def experiment(workers: int = 1, steps: int = STEPS, drop_path: float = 0.1) -> Experiment:
-    return Experiment.model_validate(
-        {
-            "name": "tiny",
-            "ingest": {"cohorts": ["tiny"], "size": 28},
-            "stream": {"lanes": 4, "window": 3},
-            "pretrain": {
-                "cohorts": ["tiny"],
-                "inits": ["scratch"],
-                "arch": "vit_tiny_patch14",
-                "drop_path": drop_path,
-                "steps": steps,
-                "batch_size": 8,
-                "crops": {"global_size": 28, "local_size": 14, "num_local": 2},
-                "loss": {"prototypes": 64, "head_hidden": 64, "head_bottleneck": 32},
-                "precision": "fp32",
-                "compute": {
-                    "num_workers": workers,
-                    "checkpoint_every": 8,
-                    "log_every": 1,
-                    "keep_checkpoints": 2,
-                    "monitor": {"cohort": "tiny", "every": 16, "stacks": 60},
-                },
-            },
-        }
-    )
 
 
 @pytest.fixture(scope="module")
@@ -58,22 +29,6 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Artefact:
 def undisturbed(ray_cluster, shards: Artefact, tmp_path_factory: pytest.TempPathFactory) -> Artefact:
     machine = Machine(store=tmp_path_factory.mktemp("undisturbed"))
     return pretrain.pretrain(experiment(), machine, "scratch", [shards], monitored=shards)
-
-
-def last_state(made: Artefact) -> dict:
-    return checkpoint.load_training(checkpoints(made)[-1])
-
-
-def checkpoints(made: Artefact) -> list[Path]:
-    return sorted((made.path / "ray").glob("checkpoint_2*"), key=lambda p: p.stat().st_mtime_ns)
-
-
-def journal(made: Artefact) -> list[tuple[int, dict]]:
-    skip = ("sys/",)
-    return [
-        (e.step, {k: v for k, v in e.metrics.items() if not k.startswith(skip)})
-        for e in track.read_journal(made.path / pretrain.JOURNAL)
-    ]
 
 
 def test_a_run_is_whole_and_done_once(undisturbed: Artefact, shards: Artefact):
@@ -123,19 +78,6 @@ def test_a_killed_run_ends_as_the_undisturbed_one(
     same(resumed, undisturbed)
 
 
-def same(resumed: Artefact, undisturbed: Artefact) -> None:
-    """Tensors, optimiser, position, journal and backbone are those of the undisturbed run."""
-    ours, theirs = last_state(resumed), last_state(undisturbed)
-    assert ours["step"] == theirs["step"] == STEPS
-    for name, tensor in theirs["method"].items():
-        assert torch.equal(ours["method"][name], tensor), name
-    for index, state in theirs["optimiser"]["state"].items():
-        assert all(torch.equal(ours["optimiser"]["state"][index][k], v) for k, v in state.items())
-    assert journal(resumed) == journal(undisturbed)
-    a, b = (load_file(m.path / checkpoint.BACKBONE) for m in (resumed, undisturbed))
-    assert all(torch.equal(a[k], b[k]) for k in a)
-
-
 def test_a_stopped_run_makes_a_checkpoint_and_a_damaged_one_is_left_out(
     ray_cluster,
     interrupts: None,
@@ -156,7 +98,7 @@ def test_a_stopped_run_makes_a_checkpoint_and_a_damaged_one_is_left_out(
         pretrain.pretrain(experiment(), machine, "scratch", [shards], progress=interrupt)
     made = pretrain.artefact(experiment(), machine, "scratch", [shards])
     assert not made.done and pretrain.unfinished(machine, "scratch-vit_tiny_patch14") == [made]
-    kept = checkpoints(made)
+    kept = restart.kept(made.path)
     steps = [checkpoint.load_training(folder)["step"] for folder in kept]
     assert len(steps) == 2 and steps[0] % 8 == 0 and steps[1] % 8 and steps[1] >= sent[0]
     with (kept[-1] / checkpoint.TRAINING).open("r+b") as file:
