@@ -552,6 +552,35 @@ def export(
 
 
 @app.command()
+def predict(
+    run: Annotated[
+        str, typer.Argument(metavar="CELL", help="a finished cell of segmentation: its folder's name")
+    ],
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[key=value]...", help="scan.T1w=FILE mask=FILE, or bids=DIR; out= weights= store="
+        ),
+    ] = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """A label map on the voxels of a scan nobody has labelled."""
+
+    def work() -> Outcome:
+        from cranium import predict as stage
+
+        facts, own = _parted(settings or ())
+        spec = config.validated(stage.Spec, config.nested(own), "predict")
+        machine = config.load_machine(facts)
+        written = stage.predict(machine, stage.find(machine.store, run), spec)
+        print("\n".join(str(path) for path in written))
+        return Outcome(0, {"maps": [str(path) for path in written]})
+
+    finish("predict", work, json, debug)
+
+
+@app.command()
 def bench(
     what: Annotated[str, typer.Argument(metavar="stream|ingest|sweep", help="which stage")],
     settings: Annotated[

@@ -19,6 +19,7 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 from safetensors.torch import save_file
+from torch import nn
 
 from cranium import native, store, tokens
 from cranium.config import Cell, Decoder, Segmentation, UserError
@@ -185,6 +186,19 @@ class _Fitted:
     positive: int
 
 
+def build(spec: Decoder, cell: Cell, task: Segmentation, *, dim: int, num_depths: int) -> nn.Module:
+    """The untrained decoder of a cell, drawn by its seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(cell.seed)
+        return decoders.build(
+            spec.kind(cell.adaptation),
+            dim=dim,
+            num_depths=num_depths,
+            num_classes=len(task.classes) + 1,
+            width=spec.width,
+        )
+
+
 def _fit(work: Work, train: pd.DataFrame) -> _Fitted:
     spec, home = work.decoder, work.cohort
     places, values = _tokens(home.tokens)
@@ -192,15 +206,7 @@ def _fit(work: Work, train: pd.DataFrame) -> _Fitted:
     rows = np.concatenate([np.arange(places[key].start, places[key].stop) for key in _keys(train)])
     labels = table[np.concatenate([_labels(home.shard_set, *key) for key in _keys(train)])]
     size, device = labels.shape[-1], torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(work.cell.seed)
-        model = decoders.build(
-            spec.kind(work.cell.adaptation),
-            dim=values.shape[3],
-            num_depths=values.shape[1],
-            num_classes=len(work.task.classes) + 1,
-            width=spec.width,
-        ).to(device)
+    model = build(spec, work.cell, work.task, dim=values.shape[3], num_depths=values.shape[1]).to(device)
 
     def scores(of: NDArray[np.float16]) -> torch.Tensor:
         found: torch.Tensor = model(torch.from_numpy(of).to(device).float().transpose(0, 1), covered)
@@ -239,7 +245,7 @@ def _lookup(cohort: Cohort, task: Segmentation) -> NDArray[np.uint8]:
     return segmentation.lookup(task.classes, store.read_manifest(cohort.shard_set)["classes"])
 
 
-def _probabilities(parts: Iterator[torch.Tensor], size: int) -> NDArray[np.float32]:
+def probabilities(parts: Iterator[torch.Tensor], size: int) -> NDArray[np.float32]:
     """Class probabilities [K, n, size, size]; the margin that no patch covers is background."""
     found = torch.cat([part.float().softmax(1).cpu() for part in parts])
     cut = (size - found.shape[-1]) // 2
@@ -270,13 +276,13 @@ def _judged(
             stacks,
             manifest["preprocessing"]["orientation"],
         )
-        probabilities = _probabilities(fitted.scores(cohort, key), stacks.labels.shape[-1])
-        predicted = truth.place.to_native(probabilities)
-        name = _name(*key) if role == "test" else f"{cohort.name}_{_name(*key)}"
-        written = work.folder / MAPS / f"{name}_dseg.nii.gz"
+        found = probabilities(fitted.scores(cohort, key), stacks.labels.shape[-1])
+        predicted = truth.place.to_native(found)
+        who = name(*key) if role == "test" else f"{cohort.name}_{name(*key)}"
+        written = work.folder / MAPS / f"{who}_dseg.nii.gz"
         native.write(written, predicted, truth.place.affine, f"cranium {work.folder.name}")
-        known, here = lookup[stacks.labels], probabilities.argmax(0).astype(np.uint8)
-        overlay.write(work.folder / OVERLAYS / f"{name}.png", stacks.pixels, known, here)
+        known, here = lookup[stacks.labels], found.argmax(0).astype(np.uint8)
+        overlay.write(work.folder / OVERLAYS / f"{who}.png", stacks.pixels, known, here)
         about = {
             "cohort": cohort.name,
             "role": role,
@@ -286,7 +292,7 @@ def _judged(
             "group": str(row[work.cell.scheme]) if work.cell.scheme in row else key[0],
             **{c: row[c] for c in KEPT if c in row},
             "map": written.name,
-            "picture": f"{name}.png",
+            "picture": f"{who}.png",
             "truth_sha256": truth.sha256,
         }
         scored = segmentation.scored(
@@ -302,7 +308,7 @@ def regions(task: Segmentation) -> dict[str, tuple[int, ...]]:
     return {name: (k,) for name, k in number.items()} | unions
 
 
-def _name(subject: str, session: str) -> str:
+def name(subject: str, session: str) -> str:
     return f"sub-{subject}_ses-{session}" if session else f"sub-{subject}"
 
 

@@ -102,6 +102,7 @@ def embed_tokens(
                 "shard_set": shard_set.id,
                 "channels": manifest["channels"],
                 "source": asdict(source),
+                "seed": exp.embed.seed,
                 "depths": list(wanted),
                 "pixels": exp.ingest.size
                 - exp.ingest.size % backbone.patch_size,  # a side that patches cover

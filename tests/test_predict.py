@@ -1,0 +1,174 @@
+"""A scan and a cell: from phantoms through ingest, tokens, a fit and back, in one process."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pyarrow as pa
+import pytest
+
+import phantoms
+from cranium import embed, ingest, predict, segmenting, store, tokens
+from cranium.cards import Card
+from cranium.config import Cell, Decoder, Experiment, Machine, Segmentation, UserError
+from cranium.store import Artefact
+
+CLASSES = {"ventricle": [2], "lesion": [5]}
+SHAPE, SPACING = (36, 42, 30), (5.0, 5.0, 5.0)
+EXPERIMENT = Experiment.model_validate(
+    {
+        "name": "tiny",
+        "ingest": {
+            "cohorts": ["phantom"],
+            "contrasts": ["T1w"],
+            "size": 56,
+            "spacing_mm": 4.0,
+            "slice_spacing_mm": 8.0,
+            "mask": ["supplied", "otsu"],
+        },
+        "pretrain": {"cohorts": ["phantom"], "inits": [], "arch": "vit_tiny_patch14"},
+        "adapt": {
+            "tasks": [
+                {
+                    "task": "segmentation",
+                    "name": "finding",
+                    "cohort": "phantom",
+                    "classes": {"fluid": ["ventricle"], "lesion": ["lesion"]},
+                }
+            ],
+            "decoder": {"steps": 5, "batch_size": 4},
+        },
+        "sweep": {"init": ["random"]},
+    }
+)
+
+
+def plainly(
+    items: list[dict[str, Any]], encoder: Any, backbone: Any, what: Any, exp: Experiment
+) -> Iterator[pa.Table]:
+    made = encoder(backbone, what, exp.embed.batch_size, None, exp.stream.fill)
+    return (made._row_group(item["file"], item["index"]) for item in items)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Machine, Path, Artefact]:
+    """A store with one cell, and the raw folder of its cohort."""
+    root = tmp_path_factory.mktemp("predict")
+    tree = phantoms.bids_tree(
+        root / "raw", num_subjects=3, missing=(), tilt=False, spacing=SPACING, shape=SHAPE
+    )
+    grid = phantoms.affine(SPACING, SHAPE)
+    for index, condition in enumerate(("control", "lesion", "atrophy")):
+        tissue = phantoms.tissues(phantoms.head(index, condition), SHAPE, grid)
+        drawn = np.where(np.isin(tissue, (2, 5)), tissue, 0).astype(np.uint8)
+        phantoms.write(tree / f"labels/sub-00{index + 1}_dseg.nii.gz", drawn, grid)
+    content = phantoms.card()
+    content["layouts"][0]["segmentation"] = "labels/sub-{subject}_dseg.nii.gz"
+    card = Card.model_validate(content | {"segmentation": CLASSES})
+    machine, exp = Machine(store=root / "store"), EXPERIMENT
+    with pytest.MonkeyPatch.context() as patch:
+
+        def on_one(
+            items: list[dict[str, Any]], work: Callable[..., Any], job: Any
+        ) -> Iterator[dict[str, Any]]:
+            return (work(item, job) for item in items)
+
+        patch.setattr(ingest, "_on_ray", on_one)
+        patch.setattr(embed, "mapped", plainly)
+        shards = ingest.ingest(card, tree, exp.ingest, machine)
+        made = tokens.embed_tokens(exp, machine, "random", shards, None, "linear")
+    files = segmenting.LabelFiles(tree, ingest.label_files(card, tree, exp.ingest, machine))
+    cell = Cell.model_validate(
+        {"task": "finding", "cohort": "phantom", "init": "random", "adaptation": "linear", "fold": 0}
+        | {"label_fraction": 1.0, "scheme": "subject", "seed": 0, "contrasts": ["T1w"]}
+    )
+    task = exp.adapt.tasks[0]
+    assert isinstance(task, Segmentation)
+    home = segmenting.Cohort("phantom", shards.path, made.path, files)
+    folder = machine.store / "adapt" / "finding-00000000"
+    work = segmenting.Work(cell, task, Decoder(steps=40, batch_size=4, lr=0.05), home, (), folder)
+    segmenting.run_cell(work, {"001": 0, "002": 1, "003": 1})
+    return machine, tree, Artefact(folder)
+
+
+def scan_of(tree: Path, subject: str) -> Path:
+    return next(tree.glob(f"sub-{subject}/**/*_T1w.nii.gz"))
+
+
+def mask_of(tree: Path, subject: str) -> Path:
+    return next(tree.glob(f"derivatives/masks/sub-{subject}/**/*_T1w_mask.nii.gz"))
+
+
+def test_tokens_are_the_backbones_at_its_last_block(trained: tuple[Machine, Path, Artefact]) -> None:
+    machine, _, cell = trained
+    shards, made = (
+        machine.store / s / n for s, n in zip(("ingest", "embed"), cell.manifest()["inputs"][0], strict=True)
+    )
+    rows, values = tokens.read(made)
+    backbone, _ = embed.load(EXPERIMENT, machine, "random", store.read_manifest(shards), None)
+    from cranium import native
+
+    stacks = native.read_stacks(Artefact(shards), store.read_manifest(shards), "002", "").pixels
+    import torch
+
+    with torch.no_grad():
+        expected = backbone(torch.from_numpy(stacks).flatten(1, 2).float() / 255).patches
+    mine = values[(rows["subject"] == "002").to_numpy()]
+    assert mine.shape == (len(stacks), 1, 16, 192) and mine.dtype == np.float16
+    np.testing.assert_allclose(mine[:, 0], expected.numpy(), atol=4e-3)
+
+
+def test_a_scan_is_predicted_as_the_cell_predicted_it(
+    trained: tuple[Machine, Path, Artefact], tmp_path: Path
+) -> None:
+    machine, tree, cell = trained
+    found = predict.find(machine.store, "00000000")
+    spec = predict.Spec(scan={"T1w": scan_of(tree, "001")}, mask=mask_of(tree, "001"), out=tmp_path)
+    (path,) = predict.predict(machine, found, spec)
+    ours, theirs = nib.load(path), nib.load(cell.path / "maps" / "sub-001_dseg.nii.gz")
+    np.testing.assert_allclose(ours.affine, theirs.affine, atol=1e-4)
+    assert np.array_equal(np.asarray(ours.dataobj), np.asarray(theirs.dataobj))
+    assert np.asarray(ours.dataobj).any()
+    about = json.loads(path.with_name(path.name.replace(".nii.gz", ".json")).read_text())
+    assert about["run"] == "finding-00000000" and about["labels"] == {"fluid": 1, "lesion": 2}
+    assert about["scans"]["T1w"]["sha256"] == store.sha256(scan_of(tree, "001"))
+    assert path.with_name(path.name.replace(".nii.gz", ".png")).is_file()
+
+
+def test_a_bids_tree_gives_a_map_for_every_session(
+    trained: tuple[Machine, Path, Artefact], tmp_path: Path
+) -> None:
+    machine, tree, _ = trained
+    written = predict.predict(
+        machine, predict.find(machine.store, "finding-00000000"), predict.Spec(bids=tree, out=tmp_path)
+    )
+    assert [path.name for path in written] == [f"00{n}_dseg.nii.gz" for n in (1, 2, 3)]
+
+
+def test_what_does_not_fit_is_refused(trained: tuple[Machine, Path, Artefact], tmp_path: Path) -> None:
+    machine, tree, _ = trained
+    found, scan = predict.find(machine.store, "00000000"), scan_of(tree, "001")
+
+    def refused(**spec: Any) -> str:
+        with pytest.raises(UserError) as caught:
+            predict.predict(machine, found, predict.Spec(out=tmp_path, **spec))
+        return f"{caught.value.code}: {caught.value}"
+
+    assert refused(scan={"T2w": scan}).startswith("CONTRASTS") and "scan.T1w=FILE" in refused(
+        scan={"T2w": scan}
+    )
+    assert refused().startswith("USAGE") and refused(scan={"T1w": scan}, bids=tree).startswith("USAGE")
+    (tmp_path / "cut.nii.gz").write_bytes(scan.read_bytes()[:-100])
+    assert "GZ_TRUNCATED" in refused(scan={"T1w": tmp_path / "cut.nii.gz"})
+    with pytest.raises(UserError, match="names 0 finished cells"):
+        predict.find(machine.store, "ffffffff")
+    other = predict.Trained(
+        found.cell, found.shards, found.tokens | {"source": found.tokens["source"] | {"sha256": "0"}}
+    )
+    with pytest.raises(UserError, match="these are None"):
+        predict.predict(machine, other, predict.Spec(scan={"T1w": scan}, out=tmp_path))
