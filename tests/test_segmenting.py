@@ -215,8 +215,10 @@ def test_the_report_shows_every_subject_and_means_what_the_cells_mean(judged, co
     assert [row[1] for row in ventricle.tables[1].rows] == ["000", "001", "002", "003"]
     assert ventricle.tables[1].rows[2][-1] == Link("r1")
     rows = sections[1].plates[0].sheet.rows
-    assert list(rows) == ["random · best", "random · median", "random · worst"]
-    assert all(tile.image and tile.image.startswith("data:image/png") for (tile,) in rows.values())
-    dices = [float(tile.label.rsplit(" ", 1)[1]) for (tile,) in rows.values()]
+    assert [title.split(":")[0] for title in rows] == ["random · best", "random · median", "random · worst"]
+    for tiles in rows.values():
+        assert [tile.label for tile in tiles] == ["truth", "prediction"]
+        assert all(tile.image and tile.image.startswith("data:image/png") for tile in tiles)
+    dices = [float(title.rsplit(" ", 1)[1]) for title in rows]
     assert dices == sorted(dices, reverse=True)
     assert "over 4 test subjects" in said[0]

@@ -47,7 +47,9 @@ class Trained:
 
     @property
     def task(self) -> Segmentation:
-        return Segmentation.model_validate(self.cell.manifest()["task"])
+        manifest = self.cell.manifest()
+        classes = {name: manifest["task"]["classes"][name] for name in manifest["classes"]}  # in their order
+        return Segmentation.model_validate(manifest["task"] | {"classes": classes})
 
     @property
     def channels(self) -> tuple[str, ...]:

@@ -6,7 +6,6 @@ Dice 0; a region that neither the truth nor the prediction has is left out of a 
 
 from __future__ import annotations
 
-import base64
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 
-from cranium.figures import plots
+from cranium.figures import overlay, plots
 from cranium.figures.page import Plate, Section, Sheet, Table, Tile
 from cranium.segmenting import OVERLAYS, PREDICTIONS
 from cranium.tasks.comparison import rank
@@ -100,7 +99,7 @@ def read(folders: Sequence[Path], runs: Mapping[str, str]) -> pd.DataFrame:
                 **{name: cell[name] for name in ("init", "adaptation", "label_fraction", "scheme", "seed")},
                 n_train=counts["n_train"],
                 tolerance_mm=manifest["task"]["tolerance_mm"],
-                first=next(iter(manifest["task"]["classes"])),
+                classes=[manifest["classes"]] * len(part),
                 run=runs.get(folder.name, ""),
                 folder=str(folder),
             )
@@ -148,7 +147,7 @@ def sections(table: pd.DataFrame, ui: Any, resamples: int) -> tuple[list[Section
         }
         for (test, region), points in found.items():
             plates.append(_plate(setting, test, region, points, rows, ui))
-        said.append(_sentence(setting, found[TEST, rows["first"].iloc[0]], rows))
+        said.append(_sentence(setting, found[TEST, rows["classes"].iloc[0][0]], rows))
         pairs = [pair for (test, _), points in found.items() if test == TEST for pair in _pairs(points, rows)]
         if pairs:
             columns = ("class", "difference of Dice", "mean", "95 % interval", "corrected t, p")
@@ -280,18 +279,12 @@ def _pictures(setting: Setting, rows: pd.DataFrame) -> Plate:
         chosen = {0: "best", (len(mean) - 1) // 2: "median", len(mean) - 1: "worst"}
         for place in sorted(chosen):
             subject, folder, picture = mean.index[place]
-            tile = Tile(
-                f"{subject}, Dice {mean.iloc[place]:.2f}", _embedded(Path(folder) / OVERLAYS / picture)
-            )
-            sheet[f"{init} · {chosen[place]}"] = [tile]
+            pair = overlay.read(Path(folder) / OVERLAYS / picture) or (None, None)
+            title = f"{init} · {chosen[place]}: {subject}, Dice {mean.iloc[place]:.2f}"
+            sheet[title] = [Tile("truth", pair[0]), Tile("prediction", pair[1])]
     caption = (
-        "A pair of pictures is one test subject on the slice with most truth: left the truth in colour, right the "
-        "prediction; the white outline is the truth on both. Dice is of the whole scan, not of the slice."
+        "A pair is one test subject on the slice with most truth "
+        f"({overlay.legend(rows['classes'].iloc[0])}); the white outline is the truth on both. Dice is of the whole "
+        "scan, the mean of its classes and their unions, not of the slice."
     )
     return Plate(setting.words, caption, Sheet(sheet), wide=True)
-
-
-def _embedded(path: Path) -> str | None:
-    if not path.is_file():
-        return None
-    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()

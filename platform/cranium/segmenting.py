@@ -125,6 +125,7 @@ def run_cell(work: Work, folds: Mapping[str, int]) -> dict[str, float | None]:
             "stage": "adapt",
             "cell": cell.model_dump(mode="json"),
             "task": work.task.model_dump(mode="json"),
+            "classes": list(work.task.classes),  # of the label maps, from 1; JSON sorts the task's own
             "decoder": work.decoder.model_dump(mode="json"),
             "counts": {
                 "n_train": len(train),

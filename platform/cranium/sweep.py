@@ -185,6 +185,7 @@ def _segmentation(
         "recipe": segmenting.RECIPE,
         "cell": cell,
         "task": task,
+        "classes": list(task.classes),  # their order numbers them, and a mapping has none here
         "decoder": exp.adapt.decoder,
         "folds": splits.digest(folds),
         "cohorts": [[c.shard_set.name, c.tokens.name] for c in cohorts],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ from PIL import Image
 from scipy import ndimage
 
 from .mosaic import LABELS
+from .page import png
 
 SIDE = 320  # pixels of one of the two
 MARGIN = 4  # pixels of the slice around the head
 TINT = 0.45
 GAP = 6
+COLOURS = ("blue", "pink", "green", "yellow", "violet", "orange")  # of `mosaic.LABELS`, in words
 OUTLINE = (255, 255, 255)  # of the truth, on both
 
 
@@ -37,6 +40,19 @@ def write(path: Path, pixels: NDArray[Any], truth: NDArray[np.uint8], prediction
     gap = np.zeros((SIDE, GAP, 3), np.uint8)
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.concatenate([halves[0], gap, halves[1]], axis=1)).save(path, "png", optimize=True)
+
+
+def read(path: Path) -> tuple[str, str] | None:
+    """The truth and the prediction of a picture that `write` made, each as a data URI; None when it is not there."""
+    if not path.is_file():
+        return None
+    pixels = np.asarray(Image.open(path))
+    return png(pixels[:, :SIDE]), png(pixels[:, SIDE + GAP :])
+
+
+def legend(classes: Sequence[str]) -> str:
+    """Which class has which colour, in words."""
+    return ", ".join(f"{COLOURS[k % len(COLOURS)]} {name}" for k, name in enumerate(classes))
 
 
 def _slice(truth: NDArray[np.uint8], prediction: NDArray[np.uint8]) -> int:

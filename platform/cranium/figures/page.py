@@ -104,7 +104,7 @@ class Section:
 
 
 def png(pixels: NDArray[np.uint8]) -> str:
-    """A grey picture [H, W] uint8 as a PNG data URI."""
+    """A picture [H, W] or [H, W, 3] uint8 as a PNG data URI."""
     buffer = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(pixels)).save(buffer, "png", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
