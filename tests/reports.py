@@ -83,6 +83,7 @@ def cells(
     external: bool = True,
     evil: bool = False,
     num_folds: int = 5,
+    adaptation: str = "linear",
 ) -> list[Path]:
     """Predictions whose separation grows with the strength of an initialisation and with the labels."""
     made = []
@@ -111,7 +112,7 @@ def cells(
                 folder = (
                     store
                     / "adapt"
-                    / f"lesion-{init.replace(':', '_')}-{scheme}-{fraction:g}-{fold}-0000000{fold}"
+                    / f"lesion-{init.replace(':', '_')}-{adaptation}-{scheme}-{fraction:g}-{fold}-0000000{fold}"
                 )
                 folder.mkdir(parents=True)
                 table = pa.Table.from_pylist(rows)
@@ -121,10 +122,11 @@ def cells(
                 n = max(2, round(fraction * subjects * (num_folds - 1) / num_folds))
                 manifest = {
                     "cell": {"task": "lesion", "cohort": "demo", "init": init, "label_fraction": fraction,
-                             "scheme": scheme, "fold": fold, "seed": 0, "contrasts": CHANNELS},
+                             "scheme": scheme, "adaptation": adaptation, "fold": fold, "seed": 0,
+                             "contrasts": CHANNELS},
                     "task": {"task": "classification", "name": EVIL if evil else "lesion",
                              "classes": ["control", "lesion"]},
-                    "counts": {"n_train": n, "n_train_positive": n // 2, "n_test": len(test)},
+                    "counts": {"n_train": n, "n_train_positive": n // 2, "n_validation": 0, "n_test": len(test)},
                     "metrics": {"test/auroc": metrics.auroc(test["label"], test["prob_lesion"])},
                 }  # fmt: skip
                 (folder / "manifest.json").write_text(json.dumps(manifest))

@@ -11,8 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from cranium import adapt, store
-from cranium.config import Cell, Classification, Probe, UserError
+from cranium import adapt, embed, probing, store, tuning
+from cranium.config import Attention, Cell, Classification, Finetune, Knn, Probe, UserError
+from shards import shard_set
 
 LABELS = {
     "condition": {
@@ -20,6 +21,8 @@ LABELS = {
         "classes": {"control": ["control"], "lesion": ["lesion"], "atrophy": ["atrophy"]},
     }
 }
+TUNED = Finetune(epochs=2, warmup=1, slices=2, max_slices=3)
+SPECS = {"linear": Probe(), "knn": Knn(), "attention": Attention(), "finetune": TUNED}
 TASK = Classification(
     task="classification",
     name="lesion",
@@ -73,7 +76,7 @@ def work(root: Path, home: adapt.Cohort, away: adapt.Cohort, **cell: object) -> 
     return adapt.Work(
         Cell.model_validate(fields),
         TASK,
-        Probe(),
+        SPECS[str(fields["adaptation"])],
         ("head", "site", "present"),
         home,
         (away,),
@@ -198,7 +201,7 @@ def test_missing_features_are_named(tmp_path, cohorts):
     table = pq.read_table(home.features / "features.parquet")
     pq.write_table(table.slice(8), home.features / "features.parquet")
     folds = adapt.assign_folds(adapt.subjects(home.shard_set, TASK), "subject", 5, 0)
-    with pytest.raises(UserError, match="home000"):
+    with pytest.raises(UserError, match=r"home00[01]"):
         adapt.run_cell(work(tmp_path, home, away), folds)
 
 
@@ -209,3 +212,61 @@ def test_the_manifest_is_plain_json(tmp_path, cohorts):
     manifest = json.loads((job.folder / "manifest.json").read_text())
     assert manifest["cell"]["init"] == "random"
     assert manifest["counts"]["n_validation"] == 0
+
+
+@pytest.mark.parametrize("adaptation", ["linear", "knn", "attention"])
+def test_every_way_on_cached_features_learns_from_the_same_subjects(tmp_path, cohorts, adaptation):
+    home, away = cohorts
+    folds = adapt.assign_folds(adapt.subjects(home.shard_set, TASK), "subject", 5, 0)
+    scores = adapt.run_cell(work(tmp_path, home, away, adaptation=adaptation, label_fraction=0.5), folds)
+    assert scores["test/auroc"] > 0.75 and scores["external/away/auroc"] > 0.75
+    manifest = store.read_manifest(tmp_path / "adapt" / "cell")
+    assert manifest["counts"]["n_train"] == 24 and manifest["chosen_by"]
+    assert {"test/ece", "test/brier"} <= scores.keys()
+
+
+def test_features_of_a_session_are_pooled_whatever_the_order_of_rows(tmp_path, cohorts):
+    home, _ = cohorts
+    table = adapt.subjects(home.shard_set, TASK)
+    mean, top = (probing.pooled(home.features, table, how) for how in ("mean", "max"))
+    columns, values = embed.read(home.features)
+    for k, subject in enumerate(table["subject"]):
+        mine = values[columns["subject"] == subject]
+        np.testing.assert_allclose(mean[k], mine.mean(0), rtol=1e-5)
+        assert np.array_equal(top[k], mine.max(0))
+    bags = probing.bags(home.features, table)
+    assert np.array_equal(bags.values[bags.subject == 3], values[columns["subject"] == table["subject"][3]])
+
+
+def test_a_network_is_trained_and_judged_once_on_the_same_subjects_for_every_start(tmp_path):
+    """From pixels: the counts say who was learnt from, and the validation subjects are a part of them."""
+    made = shard_set(tmp_path, "home", sessions=12, slices=6)
+    manifest = store.read_manifest(made.path)
+    sessions = pd.read_parquet(made.path / "sessions.parquet").assign(condition=["control", "lesion"] * 6)
+    sessions.to_parquet(made.path / "sessions.parquet")
+    store.commit(made.path, manifest | {"card": {"labels": LABELS}})
+    home = adapt.Cohort("home", made.path, None)
+    folds = adapt.assign_folds(adapt.subjects(made.path, TASK), "subject", 3, 0)
+    seen = []
+    for init in ("random", "cnn"):
+        start = tuning.Start(init, "vit_tiny_patch14", 0, ("cls",), "zero")
+        job = work(tmp_path, home, home, init=init, adaptation="finetune")
+        job = replace(job, external=(), start=start, folder=tmp_path / "adapt" / init)
+        scores = adapt.run_cell(job, folds)
+        kept = store.read_manifest(job.folder)
+        assert kept["counts"]["n_train"] == 8 and kept["counts"]["n_validation"] == 2
+        assert len(kept["validation_auroc"]) == len(kept["loss"]) == 2 and kept["chosen_by"].startswith(
+            "epoch"
+        )
+        seen.append(pd.read_parquet(job.folder / "predictions.parquet")["subject"].tolist())
+        assert scores["test/auroc"] is not None
+    assert seen[0] == seen[1] == [s for s, k in sorted(folds.items()) if k == 0]
+
+
+def test_volumes_stand_in_for_nobody_and_say_who_has_none():
+    known = np.array([[1000.0, 200.0, 500.0, 300.0, 50.0], [1200.0, 300.0, 500.0, 400.0, 70.0]])
+    absent = np.full((1, 5), np.nan)
+    train, other = probing.measured([known, absent])
+    assert train[0].tolist() == [1000, 200, 500, 300, 50, 0.2, 0.5, 0.3, 0.05, 0]
+    np.testing.assert_allclose(other[0, :5], known.mean(0))
+    assert other[0, -1] == 1

@@ -138,3 +138,29 @@ def test_no_cells_and_broken_inputs_are_said_plainly(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be read"):
         report.write("demo", report.ReportInputs([], {}, [tmp_path / "gone"], SOURCE), tmp_path / "x.html")
     assert not list(tmp_path.iterdir())
+
+
+def test_initialisations_and_adaptations_are_crossed_not_mixed(tmp_path: Path) -> None:
+    strength = {"random": 0.5, "scratch": 1.5}
+    made = cells(tmp_path, strength | {"covariates": 0.1}, fractions=(1.0,), external=False)
+    made += cells(
+        tmp_path, {"random": 2.5, "scratch": 3.5}, fractions=(1.0,), external=False, adaptation="finetune"
+    )
+    page = report.write("demo", inputs(tmp_path / "rest", cells=made), tmp_path / "x.html").read_text()
+    tables = [
+        re.findall(r"<t[hd]\b[^>]*>(.*?)</t[hd]>", t, re.S)
+        for t in re.findall(r"<table.*?</table>", page, re.S)
+    ]
+    crossed = next(t for t in tables if t[:3] == ["init", "linear", "finetune"])
+    values = {}
+    for init in ("random", "scratch"):
+        row = crossed[crossed.index(init) :][1:3]
+        values[init] = [float(visible(v).strip()[:4]) for v in row]
+        for way, shown in zip(("linear", "finetune"), values[init], strict=True):
+            mine = [f for f in made if f.name.startswith(f"lesion-{init}-{way}-")]
+            kept = [json.loads((f / "manifest.json").read_text())["metrics"]["test/auroc"] for f in mine]
+            assert shown == pytest.approx(np.mean(kept), abs=0.006)
+    assert values["random"][0] < values["random"][1] and "random, finetune minus random, linear" in visible(
+        page
+    )
+    assert "folds grouped by subject, finetune" in visible(page)  # each adaptation has a chart of its own

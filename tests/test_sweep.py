@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -227,3 +228,50 @@ def test_more_fractions_leave_the_other_cells_as_they_are(tmp_path: Path):
     many = sweep.declare(experiment(label_fractions=[0.25, 1.0]), machine, made, features(tmp_path))
     assert {w.folder for w in few.works} < {w.folder for w in many.works}
     assert np.array_equal(few.folds["lesion/subject/0"], many.folds["lesion/subject/0"])
+
+
+def test_ways_to_learn_are_an_axis_and_rows_without_a_backbone_stand_once(tmp_path: Path):
+    made = sets(tmp_path)
+    ways = experiment(init=["random", "covariates", "cnn"], adaptation=["linear", "finetune"], seeds=[0])
+    grid = sweep.declare(ways, Machine(store=tmp_path), made, features(tmp_path))
+    count = Counter((work.cell.init, work.cell.adaptation) for work in grid.works)
+    each = 2 * 3  # fractions x folds
+    assert count == {
+        ("random", "linear"): each,
+        ("random", "finetune"): each,
+        ("covariates", "linear"): each,
+        ("cnn", "finetune"): each,
+    }
+    assert len({work.folder for work in grid.works}) == len(grid.works)
+    tuned = [work for work in grid.works if work.cell.adaptation == "finetune"]
+    assert all(work.start and work.cohort.features is None for work in tuned)
+
+
+def test_a_cells_name_changes_with_the_settings_of_its_own_adaptation_only(tmp_path: Path):
+    made = sets(tmp_path)
+    base = experiment(init=["random"], adaptation=["linear", "lora"])
+    assert base.adapt
+    lora = base.adapt.lora.model_copy(update={"rank": 4})
+    other = base.model_copy(update={"adapt": base.adapt.model_copy(update={"lora": lora})})
+    grids = [sweep.declare(exp, Machine(store=tmp_path), made, features(tmp_path)) for exp in (base, other)]
+    for one, two in zip(grids[0].works, grids[1].works, strict=True):
+        assert (one.folder == two.folder) == (one.cell.adaptation == "linear")
+
+
+def test_weights_of_another_pretraining_make_another_cell(tmp_path: Path):
+    made = sets(tmp_path)
+    exp = experiment(init=["scratch"], adaptation=["finetune"])
+    folders = [
+        {
+            work.folder
+            for work in sweep.declare(
+                exp,
+                Machine(store=tmp_path),
+                made,
+                {},
+                weights={"scratch": Artefact(tmp_path / "pretrain" / name)},
+            ).works
+        }
+        for name in ("one", "two")
+    ]
+    assert not folders[0] & folders[1]

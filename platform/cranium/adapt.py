@@ -1,28 +1,39 @@
-"""One cell of a grid: a frozen probe on cached features, judged on its fold and on external cohorts.
+"""One cell of a grid: learnt from its labelled subjects, judged on its fold and on external cohorts.
 
-`run_cell` is a plain function that knows neither Ray nor Tune. Labels are per subject, features per slice: slices are
-pooled per subject first. Everything tuned is tuned inside the cell's own labelled subjects.
+`run_cell` is a plain function that knows neither Ray nor Tune. How a cell is learnt is `probing`'s (on features that
+are computed once) or `tuning`'s (from pixels). Everything tuned is tuned inside the cell's own labelled subjects.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
-from cranium import embed, segmenting, store
+from cranium import probing, segmenting, store, tuning, volumes
 from cranium.cards import Label
-from cranium.config import Cell, Classification, Probe, Segmentation, Task, UserError
-from cranium.models import probe as probes
+from cranium.config import (
+    Attention,
+    Cell,
+    Classification,
+    Finetune,
+    Knn,
+    Probe,
+    Segmentation,
+    Task,
+    UserError,
+)
 from cranium.store import Artefact
 from cranium.tasks import classification, metrics, splits
 
-RECIPE = 1
+Array = NDArray[Any]
+
+RECIPE = 2  # 2: how a cell is learnt is an axis
 PREDICTIONS = "predictions.parquet"
 
 
@@ -32,7 +43,7 @@ class Cohort:
 
     name: str
     shard_set: Path
-    features: Path | None  # None for the covariates-only row
+    features: Path | None  # None where no cached features are needed
 
 
 @dataclass(frozen=True)
@@ -41,12 +52,13 @@ class Work:
 
     cell: Cell
     task: Classification
-    probe: Probe
+    spec: Probe | Knn | Attention | Finetune  # of the cell's adaptation
     covariates: tuple[str, ...]
     cohort: Cohort
     external: tuple[Cohort, ...]
     folder: Path
     tags: tuple[tuple[str, str], ...] = ()
+    start: tuning.Start | None = None  # of a network that is trained
 
 
 def subjects(shard_set: Path, task: Task) -> pd.DataFrame:
@@ -113,7 +125,7 @@ def assign_folds(table: pd.DataFrame, scheme: str, folds: int, seed: int) -> dic
 
 
 def run_cell(work: Work | segmenting.Work, folds: Mapping[str, int]) -> dict[str, float | None]:
-    """Train one cell's probe and judge it; write its predictions and manifest; return its metrics.
+    """Learn one cell and judge it; write its predictions and manifest; return its metrics.
 
     A cell whose manifest is there is returned as it is.
     """
@@ -121,51 +133,97 @@ def run_cell(work: Work | segmenting.Work, folds: Mapping[str, int]) -> dict[str
         return segmenting.run_cell(work, folds)
     if Artefact(work.folder).done:
         return dict(store.read_manifest(work.folder)["metrics"])
-    cell, task = work.cell, work.task
-    if cell.adaptation != "linear":
-        raise UserError("NOT_YET", f"sweep.adaptation: {cell.adaptation} is not there yet; drop it")
-    tables = {cohort.name: diagnosed(cohort.shard_set, task) for cohort in (work.cohort, *work.external)}
-    inputs = _inputs(work, tables)
-    home = tables[work.cohort.name]
+    cell = work.cell
+    tables = {cohort.name: diagnosed(cohort.shard_set, work.task) for cohort in (work.cohort, *work.external)}
+    home = tables.pop(work.cohort.name)
     fold_of = home["subject"].map(dict(folds)).to_numpy()
-    pool = home[fold_of != cell.fold]
+    rest = home[fold_of != cell.fold]
     labelled = splits.label_fraction(
-        pool["subject"].tolist(), pool["label"].to_numpy(), cell.label_fraction, cell.seed
+        rest["subject"].tolist(), rest["label"].to_numpy(), cell.label_fraction, cell.seed
     )
-    train = home["subject"].isin(labelled).to_numpy()
-    features, labels = inputs[work.cohort.name], home["label"].to_numpy()
-    fitted = probes.fit_linear(
-        features[train],
-        labels[train],
-        c_grid=work.probe.c_grid,
-        folds=work.probe.inner_folds,
-        seed=cell.seed,
-        num_classes=len(task.classes),
+    train, test = home[home["subject"].isin(labelled)], home[fold_of == cell.fold]
+    judged = [(work.cohort, test), *((cohort, tables[cohort.name]) for cohort in work.external)]
+    found, notes = _learnt(work, train, judged)
+    predictions = pd.concat(
+        [
+            _rows(work, cohort, table, probabilities)
+            for (cohort, table), probabilities in zip(judged, found, strict=True)
+        ]
     )
-    test = fold_of == cell.fold
-    parts = [_judge(fitted, work.cohort.name, home[test], features[test], "test", work)]
-    parts += [_judge(fitted, c.name, tables[c.name], inputs[c.name], "external", work) for c in work.external]
     scores: dict[str, float | None] = {}
     undefined: dict[str, str] = {}
-    for (role, cohort), part in pd.concat(parts).groupby(["role", "cohort"], sort=False):
-        prefix = "test" if role == "test" else f"external/{cohort}"
-        probabilities = part[[f"prob_{name}" for name in task.classes]].to_numpy()
-        for name, value in metrics.classification_metrics(part["label"].to_numpy(), probabilities).items():
-            scores[f"{prefix}/{name}"] = value if isinstance(value, float) else None
+    for (role, name), part in predictions.groupby(["role", "cohort"], sort=False):
+        prefix = "test" if role == "test" else f"external/{name}"
+        probabilities = part[[f"prob_{name}" for name in work.task.classes]].to_numpy()
+        for metric, value in metrics.classification_metrics(part["label"].to_numpy(), probabilities).items():
+            scores[f"{prefix}/{metric}"] = value if isinstance(value, float) else None
             if not isinstance(value, float):
-                undefined[f"{prefix}/{name}"] = value.reason
-    _commit(work, pd.concat(parts), scores, undefined, train, test, labels, fitted)
+                undefined[f"{prefix}/{metric}"] = value.reason
+    _commit(work, predictions, scores, undefined, train, test, notes)
     return scores
 
 
-def _judge(
-    fitted: probes.LinearProbe, cohort: str, table: pd.DataFrame, features: np.ndarray, role: str, work: Work
-) -> pd.DataFrame:
-    probabilities = fitted.predict(features)
+def _learnt(
+    work: Work, train: pd.DataFrame, judged: Sequence[tuple[Cohort, pd.DataFrame]]
+) -> tuple[list[Array], dict[str, Any]]:
+    """Class probabilities of every judged table, and what the manifest keeps of how they were learnt."""
+    cell, labels, classes = work.cell, train["label"].to_numpy(), len(work.task.classes)
+    match work.spec:
+        case Finetune() as spec:
+            assert work.start is not None
+            tuned = tuning.learn(
+                work.start,
+                spec,
+                work.cohort.shard_set,
+                train,
+                pool=work.task.pool,
+                num_classes=classes,
+                seed=cell.seed,
+            )
+            curve = tuned.curve
+            notes = {
+                "chosen_by": f"epoch {curve.epoch} of {spec.epochs}, {curve.chosen_by}",
+                "n_validation": len(tuned.held_out),
+                "loss": [round(value, 6) for value in curve.loss],
+                "validation_auroc": [round(value, 6) for value in curve.validation_auroc],
+            }
+            return [tuned.predict(cohort.shard_set, table) for cohort, table in judged], notes
+        case Attention() as spec:
+            some = [probing.bags(_features(cohort), table) for cohort, table in judged]
+            bags = probing.bags(_features(work.cohort), train)
+            found, chosen_by = probing.attended(spec, bags, labels, some, classes, cell.seed)
+        case spec:
+            own, *others = _vectors(work, [(work.cohort, train), *judged])
+            found, chosen_by = probing.vectors(spec, own, labels, others, classes, cell.seed)
+    return found, {
+        "chosen_by": chosen_by,
+        "n_validation": 0,
+    }  # chosen by inner folds of the training subjects
+
+
+def _vectors(work: Work, parts: Sequence[tuple[Cohort, pd.DataFrame]]) -> list[Array]:
+    """One vector a subject [n, D] for each table."""
+    if work.cell.init == "volumes":
+        read = [volumes.read(_features(cohort), table) for cohort, table in parts]
+        return probing.measured(read)
+    if work.cell.init != "covariates":
+        return [probing.pooled(_features(cohort), table, work.task.pool) for cohort, table in parts]
+    whole = pd.concat([table for _, table in parts], ignore_index=True)
+    columns = [c for c in work.covariates if c in whole]
+    values, _ = classification.covariates({c: whole[c].tolist() for c in columns}, columns)
+    return list(np.split(values, np.cumsum([len(table) for _, table in parts])[:-1]))
+
+
+def _features(cohort: Cohort) -> Path:
+    assert cohort.features is not None
+    return cohort.features
+
+
+def _rows(work: Work, cohort: Cohort, table: pd.DataFrame, probabilities: Array) -> pd.DataFrame:
     kept = ["subject", "session", *[c for c in ("head", "site", "sex", "age") if c in table]]
     return table[kept].assign(
-        cohort=cohort,
-        role=role,
+        cohort=cohort.name,
+        role="test" if cohort is work.cohort else "external",
         fold=work.cell.fold,
         group=table[work.cell.scheme].astype(str) if work.cell.scheme in table else table["subject"],
         label=table["label"],
@@ -173,60 +231,24 @@ def _judge(
     )
 
 
-def _inputs(work: Work, tables: Mapping[str, pd.DataFrame]) -> dict[str, np.ndarray]:
-    """Subject-level inputs [n, D] of every cohort, in the order of its table."""
-    if work.cell.init == "covariates":
-        whole = pd.concat(tables.values(), ignore_index=True)
-        columns = [c for c in work.covariates if c in whole]
-        values, _ = classification.covariates({c: whole[c].tolist() for c in columns}, columns)
-        edges = np.cumsum([len(table) for table in tables.values()])[:-1]
-        return dict(zip(tables, np.split(values, edges), strict=True))
-    inputs = {}
-    for cohort in (work.cohort, *work.external):
-        assert cohort.features is not None
-        pooled = _pooled(cohort.features)
-        table = tables[cohort.name]
-        keys = list(zip(table["subject"], table["session"], strict=True))
-        if absent := [key for key in keys if key not in pooled]:
-            raise UserError(
-                "FEATURES", f"{cohort.features} lacks sessions {absent[:5]}; run `cranium embed` again"
-            )
-        inputs[cohort.name] = np.stack([pooled[key] for key in keys])
-    return inputs
-
-
-@functools.lru_cache(maxsize=16)
-def _pooled(folder: Path) -> dict[tuple[str, str], np.ndarray]:
-    """(subject, session) -> mean feature over its slices. Cached: a trial's process runs many cells."""
-    columns, features = embed.read(folder)
-    keys = [
-        f"{subject}\t{session}"
-        for subject, session in zip(columns["subject"], columns["session"], strict=True)
-    ]
-    ids, pooled = classification.pool_subjects(keys, features)
-    split = [i.split("\t") for i in ids]
-    return {(subject, session): row for (subject, session), row in zip(split, pooled, strict=True)}
-
-
 def _commit(
     work: Work,
     predictions: pd.DataFrame,
     scores: Mapping[str, float | None],
     undefined: Mapping[str, str],
-    train: np.ndarray,
-    test: np.ndarray,
-    labels: np.ndarray,
-    fitted: probes.LinearProbe,
+    train: pd.DataFrame,
+    test: pd.DataFrame,
+    notes: dict[str, Any],
 ) -> None:
     work.folder.mkdir(parents=True, exist_ok=True)
     predictions.reset_index(drop=True).to_parquet(work.folder / PREDICTIONS)
     counts: dict[str, Any] = {
-        "n_train": int(train.sum()),
-        "n_train_per_class": {c: int((labels[train] == k).sum()) for k, c in enumerate(work.task.classes)},
-        "n_train_positive": int((labels[train] > 0).sum()),
-        "n_validation": 0,  # the probe's regularisation is chosen by inner folds of the training subjects
-        "n_test": int(test.sum()),
-        "n_test_positive": int((labels[test] > 0).sum()),
+        "n_train": len(train),  # labelled subjects, those that select among them
+        "n_train_per_class": {c: int((train["label"] == k).sum()) for k, c in enumerate(work.task.classes)},
+        "n_train_positive": int((train["label"] > 0).sum()),
+        "n_validation": notes.pop("n_validation"),
+        "n_test": len(test),
+        "n_test_positive": int((test["label"] > 0).sum()),
     }
     store.commit(
         work.folder,
@@ -234,10 +256,11 @@ def _commit(
             "stage": "adapt",
             "cell": work.cell.model_dump(mode="json"),
             "task": work.task.model_dump(mode="json"),
+            "spec": work.spec.model_dump(mode="json"),
             "counts": counts,
             "metrics": dict(scores),
             "undefined": dict(undefined),
-            "regularisation": fitted.chosen_by,
+            **notes,
             "tags": dict(work.tags),
             "inputs": [
                 [c.shard_set.name, c.features.name if c.features else None]

@@ -21,16 +21,18 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 Contrast = Literal["T1w", "T2w", "FLAIR", "T1ce", "PDw"]
-Init = str  # imagenet | dinov2 | scratch | brainfound | random | covariates | run:<id>
-INITS = ("random", "imagenet", "dinov2", "scratch", "brainfound", "covariates")
+Init = str  # one of INITS, or run:<id>
+INITS = ("random", "imagenet", "dinov2", "scratch", "brainfound", "covariates", "volumes", "cnn")
 Adaptation = Literal["linear", "knn", "attention", "finetune", "lora", "conv"]
 # task -> what it can be learnt by from a backbone.
 ADAPTATIONS: Mapping[str, tuple[Adaptation, ...]] = {
     "classification": ("linear", "knn", "attention", "finetune", "lora"),
     "segmentation": ("linear", "conv", "finetune"),
 }
+# On features that are computed once; the others train a network from the pixels.
+FROZEN: frozenset[Adaptation] = frozenset({"linear", "knn", "attention"})
 # Rows of the table without a backbone, and the one way each is learnt: they stand whatever `sweep.adaptation` says.
-WITHOUT_BACKBONE: Mapping[str, Adaptation] = {"covariates": "linear"}
+WITHOUT_BACKBONE: Mapping[str, Adaptation] = {"covariates": "linear", "volumes": "linear", "cnn": "finetune"}
 # init -> what its pretraining starts from.
 PRETRAINED_HERE: Mapping[str, str] = {"scratch": "random", "brainfound": "dinov2"}
 RUN = r"run:[A-Za-z0-9][A-Za-z0-9._@-]*"  # an artefact's name or hex, an MLflow run id, or <model>@<alias>
@@ -340,7 +342,7 @@ class Classification(Frozen):
     label: str
     classes: tuple[str, ...] = Field(min_length=2)
     external: tuple[str, ...] = ()
-    pool: Literal["mean"] = "mean"
+    pool: Literal["mean", "max", "attention"] = "mean"  # of slices; `linear` and `knn`: mean or max
 
     @model_validator(mode="after")
     def _external_is_external(self) -> Self:
@@ -410,12 +412,94 @@ class Probe(Frozen):
     inner_folds: int = Field(3, ge=2)
 
 
+class Knn(Frozen):
+    """Weighted k-NN on standardised features; declared, so nothing is tuned."""
+
+    k: int = Field(20, ge=1)  # cut to the number of labelled subjects
+    temperature: float = Field(0.07, gt=0)
+
+
+class Attention(Frozen):
+    """Gated attention over cached slice features; weight decay and steps are chosen as the probe's regularisation."""
+
+    hidden: int = Field(128, ge=1)
+    lr: float = Field(5e-3, gt=0)
+    weight_decay: tuple[float, ...] = Field((1e-2, 1e-1, 1.0), min_length=1)
+    steps: int = Field(200, ge=1)  # at most
+    look_every: int = Field(10, ge=1)  # steps
+    batch_size: int = Field(64, ge=1)  # subjects
+    inner_folds: int = Field(3, ge=2)
+
+
+class Augment(Frozen):
+    """Changes of a subject's slices in fine-tuning, all its slices alike. Never a crop that is stretched to size."""
+
+    flip: float = Field(0.5, ge=0, le=1)  # left and right; 0 where the side of a finding matters
+    rotate: float = Field(10.0, ge=0, le=180)  # degrees, at most
+    scale: float = Field(0.1, ge=0, lt=1)  # at most, as a share
+    shift: float = Field(0.05, ge=0, lt=1)  # at most, as a share of the width
+    gamma: float = Field(0.3, ge=0)
+    contrast: float = Field(0.2, ge=0)
+    bias_field: float = Field(0.2, ge=0)
+    blur: float = Field(1.0, ge=0)
+    noise: float = Field(0.02, ge=0)
+
+
+class Finetune(Frozen):
+    """All of the backbone, by the recipe of RETFound (Zhou et al. 2023); lengths in epochs over labelled subjects."""
+
+    epochs: int = Field(50, ge=1)
+    batch_size: int = Field(16, ge=1)  # subjects
+    slices: int = Field(8, ge=1)  # of a subject in a step, drawn anew
+    max_slices: int = Field(
+        32, ge=1
+    )  # of a subject that are used at all, spread evenly; its score pools them
+    blr: float = Field(5e-3, gt=0)  # times batch_size / 256
+    min_lr: float = Field(1e-6, ge=0)
+    warmup: int = Field(10, ge=0)  # epochs
+    layer_decay: float = Field(0.65, gt=0, le=1)
+    weight_decay: float = Field(0.05, ge=0)
+    drop_path: float = Field(0.2, ge=0, lt=1)  # the same in all blocks
+    label_smoothing: float = Field(0.1, ge=0, lt=1)
+    class_weights: Literal["balanced", "none"] = (
+        "balanced"  # of the loss: by the inverse of a class's subjects
+    )
+    validation: float = Field(0.25, gt=0, le=0.5)  # of the labelled subjects, to select the epoch
+    precision: Literal["bf16", "fp32"] = "bf16"  # on a GPU; the CPU takes fp32
+    augment: Augment = Augment()
+
+    @model_validator(mode="after")
+    def _warm(self) -> Self:
+        if self.warmup >= self.epochs:
+            raise ValueError("warmup must be below epochs; both are epochs")
+        return self
+
+
+class Lora(Finetune):
+    """Low-rank updates of the attention's projections (Hu et al. 2021), the backbone's own weights frozen."""
+
+    rank: int = Field(8, ge=1)
+    alpha: float = Field(16.0, gt=0)  # updates are scaled by alpha / rank
+    blr: float = Field(1e-2, gt=0)
+    drop_path: float = Field(0.0, ge=0, lt=1)
+
+
 class Adapt(Frozen):
     tasks: tuple[Task, ...] = Field(min_length=1)
-    probe: Probe = Probe()
-    decoder: Decoder = Decoder()
+    probe: Probe = Probe()  # linear
+    knn: Knn = Knn()
+    attention: Attention = Attention()
+    finetune: Finetune = Finetune()
+    lora: Lora = Lora()
+    decoder: Decoder = Decoder()  # of segmentation
     covariates: tuple[str, ...] = ("head", "site", "present")  # the covariates-only row
     accept_leakage: tuple[str, ...] = ()  # e.g. "head:ssl+test": accepted by name, stamped on every report
+
+
+class SweepCompute(Compute):
+    """Cells on cached features as in every stage; `tuned` for those that train a network."""
+
+    tuned: Compute = Compute()
 
 
 class Sweep(Frozen):
@@ -427,7 +511,7 @@ class Sweep(Frozen):
     group_by: tuple[str, ...] = ("subject",)  # subject: k folds; a group column: leave one group out
     folds: int = Field(5, ge=2)
     seeds: tuple[int, ...] = (0,)
-    compute: Compute = Compute()
+    compute: SweepCompute = SweepCompute()
 
     @field_validator("init")
     @classmethod
@@ -515,12 +599,23 @@ class Experiment(Frozen):
             made = set(self.pretrain.inits) if self.pretrain else set()
             if absent := sorted(set(self.sweep.init) & set(PRETRAINED_HERE) - made):
                 raise ValueError(f"sweep.init names {absent}, which pretrain.inits does not make")
+            if "volumes" in self.sweep.init and "T1w" not in self.ingest.contrasts:
+                raise ValueError(
+                    "sweep.init: volumes are measured on T1w, which ingest.contrasts does not name"
+                )
             assert self.adapt
             kinds = {task.task for task in self.adapt.tasks}
             for kind in sorted(kinds):
                 if not set(ADAPTATIONS[kind]) & set(self.sweep.adaptation):
                     ways = ", ".join(ADAPTATIONS[kind])
                     raise ValueError(f"sweep.adaptation names no way to learn a {kind}: {ways}")
+            pooled = sorted({"linear", "knn"} & set(self.sweep.adaptation))
+            for task in self.adapt.tasks:
+                if isinstance(task, Classification) and task.pool == "attention" and pooled:
+                    raise ValueError(
+                        f"task {task.name}: {pooled} pool slices by mean or max; for a probe that attends name "
+                        "`attention` under sweep.adaptation"
+                    )
             useful = {way for kind in kinds for way in ADAPTATIONS[kind]}
             if useless := sorted(set(self.sweep.adaptation) - useful):
                 raise ValueError(f"sweep.adaptation names {useless}, by which no task here is learnt")

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from cranium import cluster, recording, store, trust
 from cranium.config import (
-    WITHOUT_BACKBONE,
+    FROZEN,
     Adaptation,
     Classification,
     Experiment,
@@ -243,6 +243,7 @@ def embed(
     """Features of every cohort a task uses under every initialisation of the sweep."""
     from cranium import embed as stage
     from cranium import tokens as dense
+    from cranium import volumes
 
     exp = study.exp
     if exp.sweep is None or exp.adapt is None:
@@ -262,7 +263,9 @@ def embed(
         else:
             trust.check(sets[cohort])
             with _without(study, init), study.stage(name) as tell, cluster.connect(study.machine):
-                if way is None:
+                if init == "volumes":
+                    volumes.measure(exp, study.machine, sets[cohort], tell)
+                elif way is None:
                     stage.embed(exp, study.machine, init, sets[cohort], weights, tell)
                 else:
                     dense.embed_tokens(exp, study.machine, init, sets[cohort], weights, way, tell)
@@ -282,12 +285,15 @@ def sweep(study: Study, sets: Mapping[str, Artefact] | None = None, features: Fe
         sets = ingested(study, study.exp.ingest.cohorts)
     features = _embedded(study, sets) if features is None else features
     exp = _what_there_is(study, sets)
-    grid = stage.declare(exp, study.machine, sets, features, _label_files(study))
+    grid = stage.declare(exp, study.machine, sets, features, _label_files(study), _started(study))
     study.made["sweep"] = str(grid.artefact.path)
     cells = len(grid.missing)
     failures: dict[str, str] = {}
     if cells or not grid.artefact.done:
         _write_resolved(study, grid.artefact)
+        if any(work.cell.adaptation not in FROZEN for work in grid.missing):
+            for cohort in {c.name for work in grid.missing for c in (work.cohort, *work.external)}:
+                trust.check(sets[cohort])
         with (
             study.stage(f"sweep ({cells} of {len(grid.works)} cells)") as tell,
             cluster.connect(study.machine),
@@ -324,7 +330,7 @@ def report(
     pretrained = _pretrained(study) if pretrained is None else pretrained
     if grid is None:
         exp_had, features = _what_there_is(study, sets), _embedded(study, sets)
-        grid = grids.declare(exp_had, study.machine, sets, features, _label_files(study))
+        grid = grids.declare(exp_had, study.machine, sets, features, _label_files(study), _started(study))
         if grid.missing:
             count = f"{len(grid.missing)} of {len(grid.works)}"
             raise UserError("NOT_SWEPT", f"{count} cells are not there yet; run `cranium sweep` first")
@@ -498,14 +504,15 @@ def _weights(study: Study, init: str, pretrained: Mapping[str, Artefact]) -> Art
 
 
 def _to_embed(exp: Experiment) -> list[tuple[str, str, Adaptation | None]]:
-    """(init, cohort, None) where pooled features are wanted, (init, cohort, adaptation) where tokens are."""
+    """(init, cohort, None) where features (or volumes) are wanted, (init, cohort, adaptation) where tokens are."""
     assert exp.sweep and exp.adapt
     found: list[tuple[str, str, Adaptation | None]] = []
-    for init in (i for i in exp.sweep.init if i not in WITHOUT_BACKBONE):
+    for init in exp.sweep.init:
         for task in exp.adapt.tasks:
             match task:
                 case Classification():
-                    ways: tuple[Adaptation | None, ...] = (None,)
+                    frozen = init != "covariates" and FROZEN & set(exp.sweep.adaptations(task, init))
+                    ways: tuple[Adaptation | None, ...] = (None,) if frozen else ()
                 case Segmentation():
                     ways = tuple(w for w in exp.sweep.adaptations(task, init) if w != "finetune")
             found += [(init, cohort, way) for cohort in (task.cohort, *task.external) for way in ways]
@@ -515,8 +522,10 @@ def _to_embed(exp: Experiment) -> list[tuple[str, str, Adaptation | None]]:
 def _embedding(
     study: Study, init: str, shard_set: Artefact, weights: Artefact | None, way: Adaptation | None
 ) -> Artefact:
-    from cranium import embed, tokens
+    from cranium import embed, tokens, volumes
 
+    if init == "volumes":
+        return volumes.artefact(study.machine, shard_set)
     if way is None:
         return embed.artefact(study.exp, study.machine, init, shard_set, weights)
     return tokens.artefact(study.exp, study.machine, init, shard_set, weights, way)
@@ -549,6 +558,17 @@ def _label_files(study: Study) -> dict[str, LabelFiles]:
             paths = stage.label_files(study.cards[cohort], raw, study.exp.ingest, study.machine)
             found[cohort] = LabelFiles(raw.resolve(), paths)
     return found
+
+
+def _started(study: Study) -> dict[str, Artefact]:
+    """The pretraining behind each initialisation that a network is trained from."""
+    exp = study.exp
+    assert exp.sweep
+    if not set(exp.sweep.adaptation) - FROZEN:
+        return {}
+    pretrained = _pretrained(study)
+    found = {init: _weights(study, init, pretrained) for init in exp.sweep.init if init not in study.missing}
+    return {init: made for init, made in found.items() if made}
 
 
 def _what_there_is(study: Study, sets: Mapping[str, Artefact]) -> Experiment:

@@ -16,19 +16,18 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from cranium import report_maps
+from cranium import adaptations, report_maps, wording
 from cranium.config import UserError, share
 from cranium.figures import corpus, page, plots, training
 from cranium.figures.page import Link, Plate, Section, Table
 from cranium.tasks import comparison
 from cranium.tasks.comparison import TEST, Cell, Comparison, Point, Setting
-from cranium.tasks.metrics import Undefined, Value, auroc
+from cranium.tasks.metrics import Undefined, auroc
 from cranium.tasks.statistics import Fold, Interval
 
-NO_BREAK = "\u00a0"
 INTERVAL = (
-    f"95{NO_BREAK}% percentile bootstrap interval of the mean over folds (test groups drawn with replacement; the "
-    "models are fixed, so the variance of training is not in it)"
+    f"95{wording.NO_BREAK}% percentile bootstrap interval of the mean over folds (test groups drawn with replacement; "
+    "the models are fixed, so the variance of training is not in it)"
 )
 
 
@@ -87,11 +86,12 @@ def write(exp_name: str, inputs: ReportInputs, out: Path) -> Path:
         return _link(run, inputs)
 
     cells = [cell for cell, _ in read]
-    found = comparison.points(cells, inputs.bootstrap)
+    found = comparison.points(comparison.beside_references(cells), inputs.bootstrap)
     pairs = comparison.comparisons(found, inputs.bootstrap)
     on_maps, said = ([], []) if maps is None else report_maps.sections(maps, ui, inputs.bootstrap)
     sections = [
         *(_results(found, pairs, inputs) if found else []),
+        *adaptations.section(found, inputs.bootstrap),
         *on_maps,
         Section("cohorts", "Cohorts", (), tuple(sheet), (corpus.counts(cohorts),) if cohorts else ()),
         *([Section("training", "Pretraining", (), (curves,))] if curves else []),
@@ -148,6 +148,7 @@ def _read_cell(folder: Path, run_id: str) -> tuple[Cell, list[str]]:
             cohort=str(spec["cohort"]),
             contrasts=contrasts if isinstance(contrasts, str) else " + ".join(contrasts),
             scheme=str(spec["scheme"]),
+            adaptation=str(spec["adaptation"]),
         ),
         init=str(spec["init"]),
         label_fraction=float(spec["label_fraction"]),
@@ -155,6 +156,7 @@ def _read_cell(folder: Path, run_id: str) -> tuple[Cell, list[str]]:
         seed=int(spec["seed"]),
         n_train=int(counts["n_train"]),
         n_train_positive=int(counts["n_train_positive"]),
+        n_validation=int(counts["n_validation"]),
         n_test=int(counts["n_test"]),
         tests=tests,
         run_id=run_id,
@@ -177,33 +179,15 @@ def _disagreements(cell: Cell, metrics: Mapping[str, float | None]) -> list[str]
 # ---- words ----------------------------------------------------------------------------------------------------------
 
 
-def _scheme(scheme: str) -> str:
-    return "folds grouped by subject" if scheme == "subject" else f"leave one {scheme} out"
-
-
-def _interval(value: Interval | Undefined, signed: bool = False) -> str:
-    """An interval as text, or why there is none."""
-    if isinstance(value, Undefined):
-        return f"no interval ({value.reason})"
-    sign = "+" if signed else ""
-    return f"{value.low:{sign}.2f} to {value.high:{sign}.2f}"
-
-
-def _p(value: Value | None) -> str:
-    if value is None or isinstance(value, Undefined):
-        return "undefined"
-    return "< 0.001" if value < 0.001 else f"{value:.3f}"
-
-
 def _answer(found: Sequence[Point], pairs: Sequence[Comparison]) -> list[str]:
     """The result in sentences that claim no more than the intervals and the corrected test allow."""
     sentences = []
-    for setting in _settings(found):
+    settings = _settings(found)
+    for setting in settings:
         here = [p for p in found if p.setting == setting and p.test == TEST]
         full, fewest = max(p.label_fraction for p in here), min(p.label_fraction for p in here)
         said = [
-            f"{setting.task.capitalize()} in {setting.cohort}, {_scheme(setting.scheme)}: with all labels "
-            f"{_means(here, full)}.",
+            f"{wording.setting(setting, settings)}: with all labels {_means(here, full)}.",
             _verdict(setting, full, pairs),
             f"With the fewest labels {_means(here, fewest)}." if fewest < full else "",
             _chance(here, full),
@@ -218,7 +202,7 @@ def _means(here: Sequence[Point], fraction: float) -> str:
     learned = [p for p in ours if p.init != "covariates"] or ours
     n_train = round(float(np.mean([cell.n_train for p in learned for cell in p.cells])))
     means = [
-        f"{p.mean:.2f} ({_interval(p.interval)}) for {p.init}"
+        f"{p.mean:.2f} ({wording.interval(p.interval)}) for {p.init}"
         if p.mean is not None
         else f"undefined for {p.init}"
         for p in learned
@@ -239,7 +223,7 @@ def _verdict(setting: Setting, full: float, pairs: Sequence[Comparison]) -> str:
             better, worse = (pair.a, pair.b) if pair.interval.estimate > 0 else (pair.b, pair.a)
             said.append(
                 f"{better} is above {worse} by {abs(pair.interval.estimate):.2f} ({pair.a} minus {pair.b}: "
-                f"{_interval(pair.interval, signed=True)}; corrected p {_p(pair.holm)})."
+                f"{wording.interval(pair.interval, signed=True)}; corrected p {wording.p_value(pair.holm)})."
             )
     rest = [pair for pair in ours if not pair.shown]
     if len(rest) > 1:
@@ -253,7 +237,7 @@ def _verdict(setting: Setting, full: float, pairs: Sequence[Comparison]) -> str:
             )
         said.append(
             f"No difference was shown between {pair.a} and {pair.b} ({pair.a} minus {pair.b}: "
-            f"{_interval(pair.interval, signed=True)}; corrected p {_p(pair.holm)}): {reason}."
+            f"{wording.interval(pair.interval, signed=True)}; corrected p {wording.p_value(pair.holm)}): {reason}."
         )
     return " ".join(said)
 
@@ -268,7 +252,7 @@ def _chance(here: Sequence[Point], full: float) -> str:
         tail = "whose interval holds chance, 0.5"
     else:
         tail = "whose interval does not hold 0.5: part of any score above may be the scanner or the cohort"
-    return f"Covariates alone give {interval.estimate:.2f} ({_interval(interval)}), {tail}."
+    return f"Covariates alone give {interval.estimate:.2f} ({wording.interval(interval)}), {tail}."
 
 
 def _facts(cohorts: Sequence[corpus.Cohort], cells: int) -> list[tuple[str, str]]:
@@ -290,7 +274,9 @@ def _facts(cohorts: Sequence[corpus.Cohort], cells: int) -> list[tuple[str, str]
 
 def _settings(found: Sequence[Point]) -> list[Setting]:
     """Ordinary folds before leave one group out."""
-    return sorted({p.setting for p in found}, key=lambda s: (s[:3], s.scheme != "subject", s.scheme))
+    return sorted(
+        {p.setting for p in found}, key=lambda s: (s[:3], s.scheme != "subject", s.scheme, s.adaptation)
+    )
 
 
 def _mark(point: Point) -> plots.Mark:
@@ -315,14 +301,15 @@ def _point_table(found: Sequence[Point], name: str) -> Table:
         else:
             low, high = p.interval.low, p.interval.high
             how = "within folds" if p.interval.by_fold else "over folds"
-            resampled = f"{p.interval.num_groups} groups, {how}".replace(" ", NO_BREAK)
+            resampled = f"{p.interval.num_groups} groups, {how}".replace(" ", wording.NO_BREAK)
         n = [cell.n_train for cell in p.cells]
         positive = [cell.n_train_positive for cell in p.cells]
         n_test = [len(cell.tests[p.test].labels) for cell in p.cells]
-        size = (_span(n), _span(positive), _span(n_test), resampled)
+        select = [cell.n_validation for cell in p.cells]
+        size = (_span(n), _span(positive), _span(select), _span(n_test), resampled)
         rows.append((p.init, f"{100 * p.label_fraction:g} %", p.test, p.mean, low, high, len(p.cells), *size))
     columns = ("init", "labels", "tested on", "mean AUROC", "low", "high", "cells", "n train", "of these positive",
-               "n test", "resampled")  # fmt: skip
+               "of these select", "n test", "resampled")  # fmt: skip
     return Table(columns, tuple(rows), name)
 
 
@@ -363,12 +350,14 @@ def _pair_table(pairs: Sequence[Comparison], name: str) -> Table:
                 f"{pair.a} minus {pair.b}",
                 f"{100 * pair.label_fraction:g} %",
                 pair.interval.estimate if isinstance(pair.interval, Interval) else None,
-                _interval(pair.interval, signed=True).replace(" ", NO_BREAK)
+                wording.interval(pair.interval, signed=True).replace(" ", wording.NO_BREAK)
                 if known
-                else _interval(pair.interval),
-                pair.paired.reason if isinstance(pair.paired, Undefined) else _p(pair.paired.p),
-                pair.corrected.reason if isinstance(pair.corrected, Undefined) else _p(pair.corrected.p),
-                "exploratory" if pair.holm is None else _p(pair.holm),
+                else wording.interval(pair.interval),
+                pair.paired.reason if isinstance(pair.paired, Undefined) else wording.p_value(pair.paired.p),
+                pair.corrected.reason
+                if isinstance(pair.corrected, Undefined)
+                else wording.p_value(pair.corrected.p),
+                "exploratory" if pair.holm is None else wording.p_value(pair.holm),
             )
         )
     columns = (
@@ -392,9 +381,7 @@ def _results(found: Sequence[Point], pairs: Sequence[Comparison], inputs: Report
         inside = [p for p in mine if p.test == TEST]
         full = max(p.label_fraction for p in inside)
         top = [p for p in inside if p.label_fraction == full]
-        where = f"{setting.task.capitalize()} in {setting.cohort}, {_scheme(setting.scheme)}"
-        if len({s.contrasts for s in settings}) > 1:
-            where += f", {setting.contrasts}"
+        where = wording.setting(setting, settings)
         main.append(_main_plate(top, where, inputs))
         if len({p.label_fraction for p in inside}) > 1:
             few.append(_fraction_plate(inside, where))
@@ -425,7 +412,8 @@ def _results(found: Sequence[Point], pairs: Sequence[Comparison], inputs: Report
 def _main_plate(top: Sequence[Point], where: str, inputs: ReportInputs) -> Plate:
     caption = (
         "A ring is the AUROC of one cell (fold and seed), a bar runs from chance to the mean over folds with a thick "
-        f"mark at the mean, a whisker is its {INTERVAL}. Covariates are head, site and presence of contrasts."
+        f"mark at the mean, a whisker is its {INTERVAL}. Covariates are head, site and presence of contrasts; "
+        "volumes are ml of brain, tissues and ventricles; cnn is a small network trained from scratch."
     )
     rough = [p.interval for p in top if isinstance(p.interval, Interval) and not p.interval.by_fold]
     if rough:

@@ -9,16 +9,25 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from cranium import adapt, leakage, segmenting, store
+from cranium import adapt, checkpoint, leakage, segmenting, store, tuning
 from cranium.config import (
+    FROZEN,
     WITHOUT_BACKBONE,
+    Adapt,
+    Adaptation,
+    Attention,
     Cell,
     Classification,
+    Compute,
     Experiment,
+    Finetune,
+    Init,
+    Knn,
     Machine,
+    Probe,
     Segmentation,
     Sweep,
     Task,
@@ -32,6 +41,7 @@ from cranium.watch import repeatedly
 Progress = Callable[[int, int, str], None]
 # (init, cohort) -> features; (init, cohort, adaptation) -> tokens for the decoder of that adaptation
 Features = Mapping[tuple[str, ...], Artefact]
+Weights = Mapping[str, Artefact]  # init -> the pretraining behind it
 Work = adapt.Work | segmenting.Work
 Folds = dict[str, int]
 
@@ -82,17 +92,19 @@ def declare(
     shard_sets: Mapping[str, Artefact],
     features: Features,
     label_files: Mapping[str, segmenting.LabelFiles] | None = None,
+    weights: Weights | None = None,
 ) -> Grid:
     """Every cell of the experiment's grid with its identity; the splits and the leakage gate are `assign`'s.
 
     `label_files`: of every cohort that a segmentation is tested on, which are machine facts and no part of an identity.
+    `weights`: the pretraining behind an initialisation, where one is.
     """
     assert exp.sweep and exp.adapt
     folds, stamps = assign(exp, shard_sets)
     works = [
         _segmentation(exp, machine, task, cell, mine, shard_sets, features, label_files or {})
         if isinstance(task, Segmentation)
-        else _classification(exp, machine, task, cell, mine, shard_sets, features)
+        else _classification(exp, machine, task, cell, mine, shard_sets, features, weights or {})
         for task in exp.adapt.tasks
         for cell in _cells(exp.sweep, task, folds, shard_sets)
         for mine in [folds[f"{task.name}/{cell.scheme}/{cell.seed}"]]
@@ -131,34 +143,37 @@ def _classification(
     folds: Folds,
     shard_sets: Mapping[str, Artefact],
     features: Features,
+    weights: Weights,
 ) -> adapt.Work:
     assert exp.adapt
+    frozen = cell.adaptation in FROZEN and cell.init != "covariates"
     cohorts = [
-        adapt.Cohort(
-            name,
-            shard_sets[name].path,
-            None if cell.init in WITHOUT_BACKBONE else features[cell.init, name].path,
-        )
+        adapt.Cohort(name, shard_sets[name].path, features[cell.init, name].path if frozen else None)
         for name in (task.cohort, *task.external)
     ]
+    spec, start = _spec(exp.adapt, cell.adaptation), None
     key = {
         "recipe": adapt.RECIPE,
         "cell": cell,
         "task": task,
-        "probe": exp.adapt.probe,
+        "spec": spec,
         "covariates": exp.adapt.covariates if cell.init == "covariates" else (),
         "folds": splits.digest(folds),
         "cohorts": [[c.shard_set.name, c.features.name if c.features else None] for c in cohorts],
     }
+    if cell.adaptation not in FROZEN:
+        start = _start(exp, machine, cell.init, weights.get(cell.init))
+        key |= {"start": _identity(start), "tuning": tuning.RECIPE}
     return adapt.Work(
         cell,
         task,
-        exp.adapt.probe,
+        spec,
         exp.adapt.covariates,
         cohorts[0],
         tuple(cohorts[1:]),
         store.artefact(machine.store, "adapt", cell.name, key).path,
         (("cell", fingerprint(key)[:16]), ("manifest", cohorts[0].shard_set.name)),
+        start,
     )
 
 
@@ -201,13 +216,47 @@ def _segmentation(
     )
 
 
+def _spec(spec: Adapt, adaptation: Adaptation) -> Probe | Knn | Attention | Finetune:
+    match adaptation:
+        case "linear":
+            return spec.probe
+        case "knn":
+            return spec.knn
+        case "attention":
+            return spec.attention
+        case "finetune":
+            return spec.finetune
+        case "lora":
+            return spec.lora
+        case "conv":
+            raise AssertionError("only segmentation is learnt so")
+
+
+def _start(exp: Experiment, machine: Machine, init: Init, pretrained: Artefact | None) -> tuning.Start:
+    arch = exp.arch if init in WITHOUT_BACKBONE else checkpoint.architecture(init, exp.arch, pretrained)
+    made = pretrained.path if pretrained else None
+    spec = exp.embed
+    return tuning.Start(init, arch, spec.seed, spec.features, exp.stream.fill, machine.weights, made)
+
+
+def _identity(start: tuning.Start) -> dict[str, Any]:
+    """What of a start shapes a result: the weights by what they are, not by where they lie."""
+    weights = checkpoint.identity(start.weights) if start.weights and not start.pretrained else None
+    made = Artefact(start.pretrained).id if start.pretrained else None
+    return asdict(start) | {"weights": weights, "pretrained": made}
+
+
 def sweep(grid: Grid, exp: Experiment, progress: Progress | None = None) -> dict[str, str]:
     """Run what is missing of the grid; returns the cells that failed: folder name -> reason.
 
     Cells that fail leave the others alone, and are tried again next time; the grid is committed once it is whole.
     """
-    missing = grid.missing
-    failures = _run(grid, missing, exp, progress) if missing else {}
+    assert exp.sweep
+    missing, compute = grid.missing, exp.sweep.compute
+    failures: dict[str, str] = {}
+    for frozen, resources in ((True, compute), (False, compute.tuned)):
+        if part := tuple(work for work in missing if (work.cell.adaptation in FROZEN) == frozen):
+            failures |= _run(f"{grid.artefact.path.name}-{len(part)}", grid, part, resources, progress)
     if not failures and (missing or not grid.artefact.done):
         store.write_atomic(
             grid.artefact.path / "splits.json", json.dumps(grid.folds, indent=1, sort_keys=True)
@@ -224,18 +273,20 @@ def sweep(grid: Grid, exp: Experiment, progress: Progress | None = None) -> dict
     return failures
 
 
-def _run(grid: Grid, missing: tuple[Work, ...], exp: Experiment, progress: Progress | None) -> dict[str, str]:
+def _run(
+    name: str, grid: Grid, part: tuple[Work, ...], compute: Compute, progress: Progress | None
+) -> dict[str, str]:
+    """Run these cells, each a trial with the resources of `compute`; name -> reason of those that failed."""
     from ray import tune
 
-    assert exp.sweep
-    compute = exp.sweep.compute
-    trial = tune.with_parameters(_trial, works=missing, folds=dict(grid.folds))
+    threads = compute.threads or max(1, int(compute.cpus_per_worker))
+    trial = tune.with_parameters(_trial, works=part, folds=dict(grid.folds), threads=threads)
     tuner = tune.Tuner(
         tune.with_resources(trial, {"cpu": compute.cpus_per_worker, "gpu": compute.gpus_per_worker}),
-        param_space={"cell": tune.grid_search(list(range(len(missing))))},
+        param_space={"cell": tune.grid_search(list(range(len(part))))},
         tune_config=tune.TuneConfig(max_concurrent_trials=compute.num_workers, reuse_actors=True),
         run_config=tune.RunConfig(
-            name=f"{grid.artefact.path.name}-tune",
+            name=f"{name}-tune",
             storage_path=str(grid.artefact.path.parent / ".tune"),
             verbose=0,
             failure_config=tune.FailureConfig(max_failures=1),
@@ -244,22 +295,24 @@ def _run(grid: Grid, missing: tuple[Work, ...], exp: Experiment, progress: Progr
 
     def tell() -> None:
         if progress:
-            progress(sum(Artefact(work.folder).done for work in missing), len(missing), "cells")
+            progress(len(grid.works) - len(grid.missing), len(grid.works), "cells")
 
     with repeatedly(tell, 0.5):
         results = tuner.fit()
-    if progress:
-        progress(len(missing), len(missing), "cells")
+    tell()
     return {
-        missing[result.config["cell"]].folder.name: str(result.error).strip().splitlines()[-1]
+        part[result.config["cell"]].folder.name: str(result.error).strip().splitlines()[-1]
         for result in results
         if result.error and result.config
     }
 
 
-def _trial(config: dict[str, Any], works: tuple[Work, ...], folds: Mapping[str, Folds]) -> None:
+def _trial(config: dict[str, Any], works: tuple[Work, ...], folds: Mapping[str, Folds], threads: int) -> None:
+    import torch
+
     from ray import tune
 
+    torch.set_num_threads(threads)
     work = works[config["cell"]]
     cell = work.cell
     scores = adapt.run_cell(work, folds[f"{cell.task}/{cell.scheme}/{cell.seed}"])

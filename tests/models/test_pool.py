@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cranium.models.pool import AttentionPool, mean_pool
+from cranium.models.pool import AttentionPool, max_pool, mean_pool
 
 
 def test_mean_of_each_subjects_rows() -> None:
@@ -40,3 +40,11 @@ def test_a_subject_without_rows_is_refused() -> None:
         mean_pool(torch.zeros(2, 3), torch.tensor([0, 2]))
     with pytest.raises(ValueError, match="reaches 2"):
         mean_pool(torch.zeros(3, 3), torch.tensor([0, 1, 2]), num_subjects=2)
+
+
+def test_max_pool_is_the_largest_of_each_feature() -> None:
+    features = torch.tensor([[1.0, -5.0], [0.0, -4.0], [-1.0, 2.0]])
+    pooled = max_pool(features, torch.tensor([0, 0, 1]))
+    assert pooled.tolist() == [[1.0, -4.0], [-1.0, 2.0]]
+    with pytest.raises(ValueError, match="no row"):
+        max_pool(features, torch.tensor([0, 0, 2]))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -10,7 +12,7 @@ from cranium.tasks.comparison import Cell, Setting
 from cranium.tasks.metrics import Undefined
 from cranium.tasks.statistics import Fold, Test, corrected_t_test
 
-SETTING = Setting("lesion", "demo", "T1w", "subject")
+SETTING = Setting("lesion", "demo", "T1w", "subject", "linear")
 
 
 def cell(init: str, fold: int, gain: float, fraction: float = 1.0, seed: int = 0) -> Cell:
@@ -18,7 +20,7 @@ def cell(init: str, fold: int, gain: float, fraction: float = 1.0, seed: int = 0
     labels = np.arange(20) % 2
     score = 1 / (1 + np.exp(-(gain * labels + rng.normal(size=20))))
     test = Fold(labels, score, [f"s{fold}-{k}" for k in range(20)])
-    return Cell(SETTING, init, fraction, fold, seed, 80, 40, 20, {"test": test}, "", f"{init}-{fold}")
+    return Cell(SETTING, init, fraction, fold, seed, 80, 40, 0, 20, {"test": test}, "", f"{init}-{fold}")
 
 
 def test_a_point_is_the_mean_of_its_cells_and_points_come_in_chart_order() -> None:
@@ -77,6 +79,35 @@ def test_a_difference_needs_both_the_interval_and_the_test() -> None:
 def test_other_test_subjects_are_no_pair() -> None:
     mine, theirs = cell("random", 0, 0.0), cell("scratch", 0, 1.0)
     moved = Fold(theirs.tests["test"].labels, theirs.tests["test"].probs, [f"t{k}" for k in range(20)])
-    other = Cell(SETTING, "scratch", 1.0, 0, 0, 80, 40, 20, {"test": moved}, "", "x")
+    other = Cell(SETTING, "scratch", 1.0, 0, 0, 80, 40, 0, 20, {"test": moved}, "", "x")
     (pair,) = comparison.comparisons(comparison.points([mine, other], resamples=100), resamples=100)
     assert isinstance(pair.interval, Undefined) and "not tested on the same subjects" in pair.interval.reason
+
+
+def test_rows_without_a_backbone_stand_beside_every_adaptation() -> None:
+    tuned = SETTING._replace(adaptation="finetune")
+    cells = [replace(cell("random", 0, 1.0), setting=s) for s in (SETTING, tuned)]
+    cells.append(cell("covariates", 0, 1.0))
+    cells.append(replace(cell("cnn", 0, 1.0), setting=tuned))
+    placed = comparison.beside_references(cells)
+    assert {(c.init, c.setting.adaptation) for c in placed} == {
+        (init, way) for init in ("random", "covariates", "cnn") for way in ("linear", "finetune")
+    }
+    alone = cell("covariates", 0, 1.0)
+    assert comparison.beside_references([alone]) == [alone]
+
+
+def test_adaptations_of_one_initialisation_are_compared_and_no_two_initialisations() -> None:
+    tuned = SETTING._replace(adaptation="finetune")
+    cells = [
+        replace(cell(init, fold, 1.0), setting=s)
+        for s in (SETTING, tuned)
+        for init in ("random", "scratch", "covariates")
+        for fold in range(3)
+    ]
+    pairs = comparison.between_adaptations(comparison.points(cells, 50), 50)
+    assert [(p.a, p.b) for p in pairs] == [
+        ("random, finetune", "random, linear"),
+        ("scratch, finetune", "scratch, linear"),
+    ]
+    assert all(p.holm is None for p in pairs)

@@ -19,15 +19,19 @@ COLOURS = {
     "dinov2": "#e08a00",
     "scratch": "#0a7cc4",
     "brainfound": "#009e73",
+    "cnn": "#7a5fc0",
+    "volumes": "#c04f7c",
     "covariates": "#b07a45",
 }
-SPARE = ("#d55e00", "#56b4e9", "#7a5fc0", "#8c6bb1", "#c04f7c")
+SPARE = ("#d55e00", "#56b4e9", "#8c6bb1", "#5b8c2a", "#a33b20")
 MARKERS = {
     "random": "o",
     "imagenet": "P",
     "dinov2": "s",
     "scratch": "D",
     "brainfound": "^",
+    "cnn": "p",
+    "volumes": "h",
     "covariates": "X",
 }
 

@@ -18,6 +18,13 @@ def mean_pool(features: Tensor, subject_index: Tensor, num_subjects: int | None 
     return sums / counts[:, None].to(features.dtype)
 
 
+def max_pool(features: Tensor, subject_index: Tensor, num_subjects: int | None = None) -> Tensor:
+    """Largest value of each of `features` [M, D] over the rows of each subject: [n, D]; otherwise as `mean_pool`."""
+    counts = _count(subject_index, num_subjects)
+    least = features.new_full((len(counts), features.shape[1]), -torch.inf)
+    return least.scatter_reduce(0, subject_index[:, None].expand_as(features), features, "amax")
+
+
 class Pooled(NamedTuple):
     """Subject features [n, D] and the weight [M] of each row, which sums to 1 over a subject's rows."""
 

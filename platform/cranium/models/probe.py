@@ -135,7 +135,7 @@ def _inner_losses(
     """Held-out log-loss of each C, pooled over rows; None if a training part would miss a class."""
     losses = np.zeros(len(grid))
     total = int(labels.max()) + 1
-    for train, test in _inner_folds(labels, groups, folds, seed):
+    for train, test in inner_folds(labels, groups, folds, seed):
         if len(np.unique(labels[train])) < len(np.unique(labels)):
             return None
         for index, c in enumerate(grid):
@@ -144,6 +144,7 @@ def _inner_losses(
     return losses
 
 
-def _inner_folds(labels: Array, groups: Array, folds: int, seed: int) -> Iterator[tuple[Array, Array]]:
+def inner_folds(labels: Array, groups: Array, folds: int, seed: int) -> Iterator[tuple[Array, Array]]:
+    """(training rows, held-out rows) of each inner fold: stratified, no group on both sides."""
     splitter = StratifiedGroupKFold(n_splits=folds, shuffle=True, random_state=seed)
     yield from splitter.split(np.zeros(len(labels)), labels, groups)

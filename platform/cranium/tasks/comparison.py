@@ -1,13 +1,14 @@
 """From the predictions of cells to points with intervals, and from pairs of points to differences with tests.
 
-A setting is what must be equal for two initialisations to share a chart: task, cohort, contrasts, split scheme.
+A setting is what must be equal for two initialisations to share a chart: task, cohort, contrasts, split scheme, and
+how they were adapted. Rows without a backbone have one way of their own; they stand beside every adaptation.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import NamedTuple
 
@@ -25,7 +26,9 @@ from .statistics import (
     paired_t_test,
 )
 
-ORDER = ("random", "imagenet", "dinov2", "scratch", "brainfound")  # then run:<id>, and covariates last
+ORDER = ("random", "imagenet", "dinov2", "scratch", "brainfound")  # then run:<id>, and these last:
+REFERENCES = ("cnn", "volumes", "covariates")
+ADAPTATIONS = ("linear", "knn", "attention", "lora", "finetune")
 TEST = "test"
 
 
@@ -36,11 +39,12 @@ class Setting(NamedTuple):
     cohort: str
     contrasts: str
     scheme: str
+    adaptation: str
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One trained probe: where it stands in the grid, its sizes, and its scores on each test set.
+    """One trained model: where it stands in the grid, its sizes, and its scores on each test set.
 
     tests: "test" for the held-out fold, else the name of an external cohort -> scores with rows in subject order.
     """
@@ -52,6 +56,7 @@ class Cell:
     seed: int
     n_train: int
     n_train_positive: int
+    n_validation: int
     n_test: int
     tests: Mapping[str, Fold]
     run_id: str
@@ -102,7 +107,21 @@ def rank(init: str) -> tuple[int, str]:
     """Sort key: the same order of initialisations in every chart and table."""
     if init in ORDER:
         return ORDER.index(init), init
-    return (len(ORDER) + (init == "covariates")), init
+    return len(ORDER) + (REFERENCES.index(init) + 1 if init in REFERENCES else 0), init
+
+
+def beside_references(cells: Sequence[Cell]) -> list[Cell]:
+    """The cells, those without a backbone repeated beside every adaptation of their setting instead of their own."""
+    ways: dict[Setting, set[str]] = defaultdict(set)
+    for cell in cells:
+        if cell.init not in REFERENCES:
+            ways[cell.setting._replace(adaptation="")].add(cell.setting.adaptation)
+    placed = []
+    for cell in cells:
+        ours = ways.get(cell.setting._replace(adaptation=""), set()) if cell.init in REFERENCES else set()
+        for way in sorted(ours) or [cell.setting.adaptation]:
+            placed.append(replace(cell, setting=cell.setting._replace(adaptation=way)))
+    return placed
 
 
 def points(cells: Sequence[Cell], resamples: int = 2000) -> list[Point]:
@@ -141,6 +160,29 @@ def comparisons(found: Sequence[Point], resamples: int = 2000) -> list[Compariso
             pairs = [_adjusted(pair, p) for pair, p in zip(pairs, holm(p_values), strict=True)]
         results += pairs
     return results
+
+
+def between_adaptations(found: Sequence[Point], resamples: int = 2000) -> list[Comparison]:
+    """Every pair of adaptations of one initialisation on held-out folds at its largest label fraction: exploratory."""
+    grouped: dict[tuple[Setting, str], list[Point]] = defaultdict(list)
+    for point in found:
+        if point.test == TEST and point.init not in REFERENCES:
+            grouped[point.setting._replace(adaptation=""), point.init].append(point)
+    results = []
+    for _, members in sorted(grouped.items(), key=lambda item: (item[0][0], rank(item[0][1]))):
+        full = max(point.label_fraction for point in members)
+        members = sorted((p for p in members if p.label_fraction == full), key=way)
+        for b, a in combinations(members, 2):
+            pair = _compare(a, b, resamples)
+            names = (f"{p.init}, {p.setting.adaptation}" for p in (a, b))
+            results.append(replace(pair, a=next(names), b=next(names)))
+    return results
+
+
+def way(point: Point) -> int:
+    """Sort key: adaptations from the cheapest to the dearest."""
+    name = point.setting.adaptation
+    return ADAPTATIONS.index(name) if name in ADAPTATIONS else len(ADAPTATIONS)
 
 
 def _adjusted(pair: Comparison, p: Value) -> Comparison:

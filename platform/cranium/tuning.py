@@ -1,0 +1,308 @@
+"""Fine-tuning: a network learns from the stacks of a cell's labelled subjects, by the recipe of RETFound.
+
+In: shard sets, the subjects that may be learnt from, where the weights start. Out: class probabilities of other
+subjects. Labels are per subject: a step draws some slices of each, a score pools all that are used. The epoch is
+selected on subjects held out of the labelled ones; test subjects are seen once, with the selected weights.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+
+from cranium import checkpoint, embed, sessions
+from cranium.config import Augment, Finetune, Lora, UserError
+from cranium.dinov2 import intensity
+from cranium.models import lora
+from cranium.models.classifier import Classifier, Pool, parameter_groups, trained
+from cranium.models.cnn import SliceCNN
+from cranium.models.vit import Backbone
+from cranium.store import Artefact
+from cranium.tasks import metrics, splits
+
+Array = NDArray[Any]
+RECIPE = 1
+CHUNK = 64  # slices in one forward pass where nothing is learnt
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a network starts: plain values, as a trial is handed them."""
+
+    init: str
+    arch: str
+    seed: int  # of a random start
+    features: tuple[str, ...]
+    fill: sessions.Fill
+    weights: Path | None = None
+    pretrained: Path | None = None
+
+
+class Examples(NamedTuple):
+    """Subjects in memory: uint8 [k, C, S, H, W] of each, k its own, and their classes [n]."""
+
+    stacks: list[Tensor]
+    labels: Array
+
+
+@dataclass(frozen=True)
+class Curve:
+    """How a fit went: the epoch that was selected, why, and the losses and validation AUROC of every epoch."""
+
+    epoch: int
+    chosen_by: str
+    loss: tuple[float, ...]
+    validation_auroc: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A trained network; `held_out` are the labelled subjects that the epoch was selected on."""
+
+    model: Classifier
+    curve: Curve
+    held_out: tuple[str, ...]
+    start: Start
+    spec: Finetune
+
+    def predict(self, shard_set: Path, table: pd.DataFrame) -> Array:
+        """Class probabilities [n, K] of the sessions in `table`, in its order."""
+        every = _read(self.start, self.spec, shard_set, table)
+        return np.concatenate([probabilities(self.model, [stacks], self.spec) for stacks in every])
+
+
+def learn(
+    start: Start,
+    spec: Finetune,
+    shard_set: Path,
+    labelled: pd.DataFrame,
+    *,
+    pool: Pool,
+    num_classes: int,
+    seed: int,
+) -> Tuned:
+    """Fine-tune on the subjects of `labelled` (subject, session, label, matched), a part of which selects the epoch."""
+    held = hold_out(labelled, spec.validation, seed)
+    rows = list(_read(start, spec, shard_set, labelled))
+    labels, out = labelled["label"].to_numpy(), labelled["subject"].isin(held).to_numpy()
+    train = Examples([r for r, o in zip(rows, out, strict=True) if not o], labels[~out])
+    validation = Examples([r for r, o in zip(rows, out, strict=True) if o], labels[out])
+    channels, slices, size = (int(v) for v in rows[0].shape[1:4])
+    encoder = _encoder(start, spec, channels * slices, size)
+    if isinstance(spec, Lora) and isinstance(encoder, Backbone):
+        lora.add(encoder.vit, spec.rank, spec.alpha, seed)
+    model = Classifier(encoder, features=start.features, pool=pool, num_classes=num_classes, seed=seed)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    curve = fit(model.to(device), train, validation if held else None, spec, seed)
+    return Tuned(model, curve, tuple(held), start, spec)
+
+
+def _read(start: Start, spec: Finetune, shard_set: Path, table: pd.DataFrame) -> Iterator[Tensor]:
+    keys = zip(table["subject"], table["session"], strict=True)
+    return sessions.read(shard_set, keys, most=spec.max_slices, fill=start.fill)
+
+
+def _encoder(start: Start, spec: Finetune, in_channels: int, size: int) -> Backbone | SliceCNN:
+    if start.init == "cnn":
+        return SliceCNN(in_channels, start.seed)
+    backbone, _ = checkpoint.load_backbone(
+        start.init,
+        arch=start.arch,
+        in_channels=in_channels,
+        image_size=size,
+        drop_path=spec.drop_path,
+        seed=start.seed,
+        weights_file=start.weights,
+        pretrained=Artefact(start.pretrained) if start.pretrained else None,
+    )
+    return backbone
+
+
+def hold_out(labelled: pd.DataFrame, share: float, seed: int) -> list[str]:
+    """The labelled subjects that select the epoch: about `share` of each class, matched sets whole, no fewer than one.
+
+    Empty when a class has one group only: then nobody can be spared. Depends on the subjects and the seed alone, so
+    it is the same for every initialisation.
+    """
+    groups = labelled.groupby("label")["matched"].nunique()
+    num_folds = min(round(1 / share), int(groups.min()))
+    if num_folds < 2:
+        return []
+    ids, labels = labelled["subject"].tolist(), labelled["label"].to_numpy()
+    try:
+        of = splits.folds(ids, labels, labelled["matched"].tolist(), num_folds, seed)
+    except ValueError:  # matched sets that cannot be spread over so many folds
+        return []
+    return sorted(subject for subject, fold in of.items() if fold == 0)
+
+
+# ---- learning -------------------------------------------------------------------------------------------------------
+
+
+def fit(model: Classifier, train: Examples, validation: Examples | None, spec: Finetune, seed: int) -> Curve:
+    """Train `model` in place and leave it with the weights of the selected epoch.
+
+    Selected is the epoch with the highest validation AUROC (macro one-vs-rest), of equals the one with the lowest
+    validation loss, then the earliest; without validation subjects it is the last. Every draw is a function of `seed`,
+    so on a CPU the same call gives the same weights.
+    """
+    device = next(model.parameters()).device
+    weights = torch.from_numpy(class_weights(train.labels, spec.class_weights)).float().to(device)
+    groups = parameter_groups(model, spec.layer_decay, spec.weight_decay)
+    optimiser = torch.optim.AdamW(groups, lr=0.0)
+    steps = math.ceil(len(train.labels) / spec.batch_size)
+    best, kept, chosen = (-math.inf, -math.inf), None, spec.epochs
+    losses, aurocs = [], []
+    for epoch in range(spec.epochs):
+        order = np.random.default_rng([seed, epoch]).permutation(len(train.labels))
+        model.train()
+        total = 0.0
+        for step in range(steps):
+            rate = learning_rate(epoch + step / steps, spec)
+            for group in optimiser.param_groups:
+                group["lr"] = rate * group["lr_multiplier"]
+            subjects = order[step * spec.batch_size : (step + 1) * spec.batch_size]
+            rng = np.random.default_rng([seed, epoch, step])
+            loss = _loss(model, train, subjects, weights, spec, rng)
+            if not bool(torch.isfinite(loss)):
+                raise UserError(
+                    "LOSS", f"fine-tuning diverged in epoch {epoch}; lower blr (now {spec.blr})", 1
+                )
+            optimiser.zero_grad()
+            torch.autograd.backward(loss)
+            optimiser.step()
+            total += float(loss.detach()) * len(subjects)
+        losses.append(total / len(order))
+        if validation is not None:
+            score = _validated(model, validation, spec)
+            aurocs.append(score[0])
+            if score > best:
+                best, chosen = score, epoch + 1
+                kept = copy.deepcopy({name: p.detach() for name, p in trained(model)})
+    if kept is not None:
+        for name, parameter in trained(model):
+            parameter.data.copy_(kept[name])
+    count = 0 if validation is None else len(validation.labels)
+    by = f"AUROC of {count} validation subjects" if count else "the last: no subject could be spared"
+    return Curve(chosen, by, tuple(losses), tuple(aurocs))
+
+
+def learning_rate(epoch: float, spec: Finetune) -> float:
+    """At a fractional epoch: linear from 0, then half a cosine from blr x batch / 256 to `min_lr`, by iteration."""
+    peak = spec.blr * spec.batch_size / 256
+    if epoch < spec.warmup:
+        return peak * epoch / spec.warmup
+    done = (epoch - spec.warmup) / (spec.epochs - spec.warmup)
+    return spec.min_lr + (peak - spec.min_lr) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def class_weights(labels: Array, how: str) -> Array:
+    """Weight of each class in the loss; balanced: inverse to its subjects, their mean over the subjects 1."""
+    counts = np.bincount(labels)
+    if how == "none":
+        return np.ones(len(counts))
+    present = counts > 0
+    return np.where(present, len(labels) / (present.sum() * np.maximum(counts, 1)), 0.0)
+
+
+def _loss(
+    model: Classifier,
+    train: Examples,
+    subjects: Array,
+    weights: Tensor,
+    spec: Finetune,
+    rng: np.random.Generator,
+) -> Tensor:
+    device = weights.device
+    chosen = []
+    for subject in subjects.tolist():
+        stacks = train.stacks[subject]
+        rows = np.sort(rng.choice(len(stacks), spec.slices, replace=len(stacks) < spec.slices))
+        chosen.append(stacks[torch.from_numpy(rows)])
+    x = torch.stack(chosen).to(device)  # [n, k, C, S, H, W]
+    n, k, channels, slices = x.shape[:4]
+    x = augment(x.transpose(1, 2).flatten(2, 3).float() / 255, spec.augment, rng)  # [n, C, k * S, H, W]
+    x = x.view(n, channels, k, slices, *x.shape[-2:]).transpose(1, 2).flatten(2, 3).flatten(0, 1)
+    x = embed.fit(x, int(model.encoder.patch_size))
+    keep = None
+    if spec.drop_path and isinstance(model.encoder, Backbone):
+        keep = torch.from_numpy(rng.random((2 * model.depth, n * k)) >= spec.drop_path)
+    with _autocast(device, spec):
+        logits = model(x, torch.arange(n, device=device).repeat_interleave(k), n, keep)
+    labels = torch.from_numpy(train.labels[subjects]).long().to(device)
+    each = functional.cross_entropy(
+        logits.float(), labels, reduction="none", label_smoothing=spec.label_smoothing
+    )
+    return (each * weights[labels]).mean()
+
+
+def augment(x: Tensor, spec: Augment, rng: np.random.Generator) -> Tensor:
+    """Change `x` [n, C, k, H, W] in 0..1 (a subject's k slices alike): flip, turn, scale, shift, then intensities.
+
+    Its last axis is left to right, as in RAS.
+    """
+    n, channels = x.shape[:2]
+    angle = np.deg2rad(spec.rotate) * rng.uniform(-1, 1, n)
+    scale = 1 + spec.scale * rng.uniform(-1, 1, n)
+    shift = 2 * spec.shift * rng.uniform(-1, 1, (n, 2))
+    mirror = np.where(rng.random(n) < spec.flip, -1.0, 1.0)
+    drawn = rng.random((1, n, intensity.num_draws(channels)))
+    cos, sin = np.cos(angle) / scale, np.sin(angle) / scale
+    theta = np.stack(
+        [np.stack([mirror * cos, -sin, shift[:, 0]], 1), np.stack([mirror * sin, cos, shift[:, 1]], 1)], 1
+    )
+    flat = x.flatten(1, 2)
+    matrix = torch.from_numpy(theta).to(x.device, x.dtype)
+    grid = functional.affine_grid(matrix, list(flat.shape), align_corners=False)
+    moved = functional.grid_sample(flat, grid, padding_mode="zeros", align_corners=False).view(x.shape)
+    return intensity.change(
+        moved[None],
+        intensity.changes(drawn, channels),
+        gamma=spec.gamma,
+        contrast=spec.contrast,
+        bias_field=spec.bias_field,
+        blur=spec.blur,
+        noise=spec.noise,
+    )[0]
+
+
+def _autocast(device: torch.device, spec: Finetune) -> torch.autocast:
+    enabled = device.type == "cuda" and spec.precision == "bf16"
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+
+
+def _validated(model: Classifier, validation: Examples, spec: Finetune) -> tuple[float, float]:
+    """(AUROC, minus the log-loss) of the validation subjects."""
+    predicted = probabilities(model, validation.stacks, spec)
+    auroc = metrics.auroc(validation.labels, predicted)
+    loss = -np.log(np.maximum(predicted[np.arange(len(predicted)), validation.labels], 1e-12)).mean()
+    return (auroc if isinstance(auroc, float) else 0.5), -float(loss)
+
+
+@torch.inference_mode()
+def probabilities(model: Classifier, subjects: Sequence[Tensor], spec: Finetune) -> Array:
+    """Class probabilities [n, K]: all stacks of each subject encoded, pooled and classified."""
+    device = next(model.parameters()).device
+    model.eval()
+    out = []
+    for stacks in subjects:
+        parts = []
+        for begin in range(0, len(stacks), CHUNK):
+            x = stacks[begin : begin + CHUNK].to(device).flatten(1, 2).float() / 255
+            with _autocast(device, spec):
+                parts.append(model.encode(embed.fit(x, int(model.encoder.patch_size))).float())
+        features = torch.cat(parts)
+        index = torch.zeros(len(features), dtype=torch.int64, device=device)
+        out.append(model.classify(features, index, 1).double().softmax(1).cpu().numpy())
+    return np.concatenate(out)
