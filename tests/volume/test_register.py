@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import SimpleITK as sitk
 
 import phantoms
-from cranium.volume import masks, register
+from cranium.volume import masks, normalise, register
 from cranium.volume.masks import Masked
 from cranium.volume.quality import Rejected
 
@@ -144,6 +145,53 @@ def test_a_scale_of_no_head_is_refused() -> None:
     move = np.diag([0.4, 0.4, 0.4, 1.0])
     with pytest.raises(Rejected, match="scaled"):
         register.affine(scan("T1w", move), FIXED, 6.0)
+
+
+@pytest.mark.parametrize("degrees", [(180, 0, 0), (0, 0, 180), (90, 0, 0), (0, 0, -90)])
+def test_a_header_that_names_wrong_directions_is_refused(degrees: tuple[float, ...]) -> None:
+    """Upside down, back to front, face up and sideways: no search finds back, but the brain fits better turned."""
+    with pytest.raises(Rejected, match=r"fits the template better turned by about .* its header") as error:
+        register.affine(scan("T1w", motion(degrees, (0, 0, 0)), seed=3), FIXED, 6.0)
+    assert error.value.code == "REGISTRATION_FAILED"
+
+
+def test_a_nod_is_no_wrong_header() -> None:
+    move = motion((30, 0, 10), (5, 0, -10))
+    found = register.affine(scan("T1w", move, seed=3), FIXED, 6.0)
+    assert error_mm(found.matrix, move).mean() < 3 and found.dice > 0.95
+
+
+def test_masks_that_do_not_meet_after_the_fit_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = register._search
+
+    def astray(*arguments: Any, **more: Any) -> tuple[Any, float, float]:
+        found, before, after = real(*arguments, **more)
+        if isinstance(found, sitk.AffineTransform):
+            found.Translate((0.0, 50.0, 0.0))
+        return found, before, after
+
+    monkeypatch.setattr(register, "_search", astray)
+    with pytest.raises(Rejected, match="lies beside the other") as error:
+        register.affine(scan("T1w", seed=3), FIXED, 6.0)
+    assert error.value.code == "REGISTRATION_FAILED"
+
+
+def test_a_mask_that_lacks_a_part_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fit holds, and the session is used; that its mask is not the template's is told."""
+    monkeypatch.setattr(register, "FINE_MM", 6.0)
+    whole = scan("T1w", seed=3)
+    brain = whole.brain.copy()
+    brain[:, :, 34:] = False
+    settings = {
+        "size": 36,
+        "spacing_mm": 6.0,
+        "slice_spacing_mm": 6.0,
+        "percentiles": (0.5, 99.5),
+        "min_brain": 0.02,
+    }
+    for head, expected in ((whole, []), (replace(whole, brain=brain), ["TEMPLATE_ODD"])):
+        done = normalise.conform({"T1w": head}, ("T1w",), template=FIXED, **settings)  # type: ignore[arg-type]
+        assert [note.code for note in done.notes["T1w"] if note.code.startswith("TEMPLATE")] == expected
 
 
 def test_same_grid_looks_at_every_corner() -> None:

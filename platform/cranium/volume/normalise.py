@@ -203,10 +203,15 @@ def _transforms(
     """Of each contrast, its world -> the session's world; what is worth a note; and what could not be aligned."""
     reference = scans[present[0]]
     base = np.eye(4)
-    if template is not None:  # a session that fits no template is lost as a whole
-        base = register.affine(reference, template).matrix
-    transforms: dict[str, Affine] = {present[0]: base}
     moves: dict[str, tuple[Note, ...]] = {}
+    if template is not None:  # a session that fits no template is lost as a whole
+        fit = register.affine(reference, template)
+        base = fit.matrix
+        if fit.dice < masks.MIN_DICE:
+            moves[present[0]] = (
+                Note("TEMPLATE_ODD", f"Dice {fit.dice:.2f} of its mask with the template's"),
+            )
+    transforms: dict[str, Affine] = {present[0]: base}
     rejected: dict[str, Rejected] = {}
     for channel in present[1:]:
         scan = scans[channel]

@@ -76,6 +76,7 @@ NOTES: Mapping[str, str] = {
     "MASK_MODEL": "brain mask by a model or a program, not supplied",
     "MASK_ODD": "the brain mask is too small or large, is cut off, or disagrees with another contrast's",
     "MOVED": "moved by more than a centimetre to fit the session's reference contrast",
+    "TEMPLATE_ODD": "after the fit to the template its brain mask is not that of the template: look at both",
     "LABELS_GRID": "a label map on the voxels of no scan, placed by its header",
     "LABELS_CUT": "a part of a label map lies outside the slices kept",
     "CROPPED": "brain outside the field of view of the stack was cut off",

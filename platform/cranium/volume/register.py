@@ -7,9 +7,10 @@ information (Mattes et al. 2003, IEEE TMI 22:120) on two levels, with Powell's s
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,15 @@ MIN_KEPT = (
     0.95  # share of the headers' information below which the search went astray; up to 1 the headers stand
 )
 MAX_SCALE = (0.6, 1.7)  # of a head against the template, along any axis
+AXES = {"left-right": (1.0, 0.0, 0.0), "front-back": (0.0, 1.0, 0.0), "foot-head": (0.0, 0.0, 1.0)}
+TURNS = (
+    180,
+    90,
+    -90,
+)  # degrees about each axis by which a brain is turned to see whether it then fits better
+ROUGH_MM = 8.0  # of the grid on which that is tried
+TURNED = 1.05  # times the information and more: it does (with right headers 1.00 at most, with wrong ones from 1.1 on)
+MIN_OVERLAP = 0.8  # share of the smaller brain mask that lies in the other, after a fit to a template
 SEED = 1  # of the metric's sample
 TURN_SCALE_MM = 60.0  # a turn by a radian moves a voxel of the brain by about this much
 
@@ -47,6 +57,7 @@ class Aligned:
     largest_mm: float  # displacement of a corner of the brain's bounding box
     before: float  # mutual information, nats
     after: float
+    dice: float = 1.0  # of the brain masks, after a fit to a template
 
 
 @contextmanager
@@ -80,35 +91,87 @@ def rigid(moving: Masked, fixed: Masked, spacing_mm: float = FINE_MM) -> Aligned
     return aligned
 
 
-def affine(moving: Masked, fixed: Masked, spacing_mm: float = FINE_MM) -> Aligned:
-    """Twelve degrees of freedom, for a brain onto a template's: boxes, then a similarity, then all.
+def affine(moving: Masked, fixed: Masked, spacing_mm: float = 0.0) -> Aligned:
+    """Twelve degrees of freedom, for a brain onto a template's: boxes, then a similarity on two grids, then all.
 
-    Both are compared inside their masks. Raises `Rejected(REGISTRATION_FAILED)` as `rigid`, or for a scale of no head.
+    Both are compared inside their masks. Raises `Rejected(REGISTRATION_FAILED)` as `rigid`, for a scale of no head, for
+    a brain that fits better turned, and for masks that do not cover each other after the fit.
     """
     spacing = max(FINE_MM, spacing_mm)
     low, high = bounding_box(fixed.brain, fixed.brain_affine)
-    ends = bounding_box(moving.brain, moving.brain_affine)
-    ratio = float(np.prod((ends[1] - ends[0]) / (high - low)) ** (1 / 3))
     with single_thread():
-        alike = sitk.Similarity3DTransform()
-        alike.SetCenter(((low + high) / 2).tolist())
-        alike.SetScale(ratio)
-        alike.SetTranslation(((ends[0] + ends[1]) / 2 - (low + high) / 2).tolist())
+        rough = _upright(moving, fixed)
         coarse = _images(moving, fixed, low, high, 2 * spacing, stripped=True)
-        alike, _, _ = _search(coarse, alike, [2 * TURN_SCALE_MM] * 3 + [1.0] * 3 + [TURN_SCALE_MM])
+        alike, _, _ = _search(coarse, rough, SIMILARITY_SCALES, kept=0.0)
         start = sitk.AffineTransform(3)
         start.SetCenter(alike.GetCenter())
         start.SetMatrix(alike.GetMatrix())
         start.SetTranslation(alike.GetTranslation())
         images = _images(moving, fixed, low, high, spacing, stripped=True)
-        found, before, after = _search(images, start, [TURN_SCALE_MM] * 9 + [1.0] * 3)
+        found, before, after = _search(images, start, [TURN_SCALE_MM] * 9 + [1.0] * 3, kept=0.0)
     matrix = _inverse(_matrix(found))
     scales = np.linalg.svd(matrix[:3, :3], compute_uv=False)
     if scales.min() < MAX_SCALE[0] or scales.max() > MAX_SCALE[1] or np.linalg.det(matrix[:3, :3]) <= 0:
         raise Rejected(
             "REGISTRATION_FAILED", f"would be scaled by {scales.round(2).tolist()} to fit the template"
         )
-    return _measured(matrix, low, high, before, after)
+    share, dice = _overlap(moving, fixed, matrix, 2 * spacing)
+    if share < MIN_OVERLAP:
+        raise Rejected(
+            "REGISTRATION_FAILED",
+            f"{1 - share:.0%} of its brain mask, or of the template's, lies beside the other",
+        )
+    return replace(_measured(matrix, low, high, before, after), dice=dice)
+
+
+SIMILARITY_SCALES = [2 * TURN_SCALE_MM] * 3 + [1.0] * 3 + [TURN_SCALE_MM]
+
+
+def _similarity(
+    moving: Masked, fixed: Masked, axis: tuple[float, ...] = (0.0, 0.0, 1.0), degrees: float = 0
+) -> Any:
+    """Fixed -> moving: box onto box, turned about its centre."""
+    low, high = bounding_box(fixed.brain, fixed.brain_affine)
+    ends = bounding_box(moving.brain, moving.brain_affine)
+    start = sitk.Similarity3DTransform()
+    start.SetCenter(((low + high) / 2).tolist())
+    start.SetScale(float(np.prod((ends[1] - ends[0]) / (high - low)) ** (1 / 3)))
+    start.SetTranslation(((ends[0] + ends[1]) / 2 - (low + high) / 2).tolist())
+    start.SetRotation(axis, float(np.radians(degrees)))
+    return start
+
+
+def _upright(moving: Masked, fixed: Masked) -> Any:
+    """The similarity fixed -> moving, on a rough grid. Refuses a brain that fits better turned by a quarter or a half.
+
+    A search finds back from some 60 degrees and no more, so the nine turns stand for all that a wrong header can be.
+    """
+    low, high = bounding_box(fixed.brain, fixed.brain_affine)
+    images = _images(moving, fixed, low, high, ROUGH_MM, stripped=True)
+    found, _, straight = _search(images, _similarity(moving, fixed), SIMILARITY_SCALES, kept=0.0)
+    for (name, axis), degrees in itertools.product(AXES.items(), TURNS):
+        try:
+            _, _, turned = _search(
+                images, _similarity(moving, fixed, axis, degrees), SIMILARITY_SCALES, kept=0.0
+            )
+        except Rejected:  # it leads nowhere
+            continue
+        if turned > TURNED * straight:
+            reason = f"fits the template better turned by about {abs(degrees)} degrees about the {name} axis"
+            raise Rejected("REGISTRATION_FAILED", f"{reason}: its header names wrong directions; correct it")
+    return found
+
+
+def _overlap(moving: Masked, fixed: Masked, matrix: Affine, spacing: float) -> tuple[float, float]:
+    """Share of the smaller brain mask that lies in the other, and their Dice, with `moving` in the world of `fixed`."""
+    low, high = bounding_box(fixed.brain, fixed.brain_affine)
+    grid = box_grid(low - FIXED_MARGIN_MM, high + FIXED_MARGIN_MM, spacing)
+    one = onto_grid(fixed.brain.astype(np.float32), fixed.brain_affine, grid) > 0.5
+    other = onto_grid(moving.brain.astype(np.float32), matrix @ moving.brain_affine, grid) > 0.5
+    both, size = int(np.count_nonzero(one & other)), int(one.sum())
+    voxel = abs(float(np.linalg.det((matrix @ moving.brain_affine)[:3, :3])))
+    whole = np.count_nonzero(moving.brain) * voxel / spacing**3  # also what lies beyond the grid
+    return both / max(1.0, min(size, whole)), 2 * both / max(1.0, size + whole)
 
 
 @dataclass(frozen=True)
@@ -163,8 +226,13 @@ def _image(array: NDArray[Any], grid: Grid) -> Any:
     return image
 
 
-def _search(images: _Images, start: Any, scales: list[float]) -> tuple[Any, float, float]:
-    """The transform fixed -> moving that shares most information, and that information before and after."""
+def _search(
+    images: _Images, start: Any, scales: list[float], kept: float = MIN_KEPT
+) -> tuple[Any, float, float]:
+    """The transform fixed -> moving that shares most information, and that information before and after.
+
+    A search that ends worse than it began gives its start; with less than `kept` of it, it is refused.
+    """
     method = sitk.ImageRegistrationMethod()
     method.SetMetricAsMattesMutualInformation(32)
     method.SetMetricSamplingStrategy(method.REGULAR)
@@ -191,7 +259,7 @@ def _search(images: _Images, start: Any, scales: list[float]) -> tuple[Any, floa
         ) from None
     if not after > MIN_INFORMATION:
         raise Rejected("REGISTRATION_FAILED", f"shares {after:.3f} nats with the reference, as chance would")
-    if after < MIN_KEPT * before:
+    if after < kept * before:
         raise Rejected(
             "REGISTRATION_FAILED", f"the search ends worse ({after:.3f}) than the headers ({before:.3f})"
         )
