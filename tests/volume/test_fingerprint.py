@@ -131,6 +131,28 @@ def test_an_absent_contrast_says_nothing(cohort: list[bytes]) -> None:
         fingerprint.matches([both[0], cohort[0]], ["a", "b"], range(2))
 
 
+def test_a_matrix_an_axis_samples_what_interpolation_does() -> None:
+    rng = np.random.default_rng(3)
+    means = rng.normal(100, 20, (2, 21, 30, 26)).astype(np.float32)
+    coarse = np.array([[0, 0, 3.0, -40], [0, -2.0, 0, 28], [4.0, 0, 0, -39], [0, 0, 0, 1]])
+    covariance = np.diag([700.0, 500.0, 900.0])  # wide: some points lie outside
+    places, blur = fingerprint._sampling(coarse, np.array([1.0, -2, 3]), np.eye(3), covariance)
+    straight = fingerprint._straight(means, places, blur)
+    np.testing.assert_allclose(straight, fingerprint._turned(means, places, blur), atol=1e-3)
+    assert (straight == 0).any()
+
+
+def test_moments_are_those_of_the_points() -> None:
+    share = np.random.default_rng(4).random((9, 12, 10)).astype(np.float32)
+    share[share < 0.7] = 0
+    coarse = np.array([[0.1, 0, 3.0, -40], [0, -2.0, 0.2, 28], [4.0, 0, 0, -39], [0, 0, 0, 1]])
+    world = np.argwhere(share) @ coarse[:3, :3].T + coarse[:3, 3]
+    centre, covariance = fingerprint._moments(share, coarse)
+    weights = share[share > 0]
+    np.testing.assert_allclose(centre, np.average(world, axis=0, weights=weights))
+    np.testing.assert_allclose(covariance, np.cov(world.T, aweights=weights, ddof=0), rtol=1e-5, atol=1e-5)
+
+
 def test_a_tiny_or_flat_brain_has_a_fingerprint() -> None:
     grid = head(1)[2]
     volume = np.zeros((1, 10, 64, 64), np.uint8)

@@ -100,6 +100,62 @@ def test_labels_take_the_nearest_voxel() -> None:
     )
 
 
+def test_a_place_just_between_two_voxels_takes_the_same_side_everywhere() -> None:
+    """Half a voxel off: the resampler's own rounding would repeat one voxel of a line and leave out another."""
+    shape = (240, 5, 5)
+    source = phantoms.affine((1, 1, 1), shape)
+    ramp = np.broadcast_to(np.arange(240, dtype=np.uint8)[:, None, None], shape)
+    middle = np.zeros(shape, bool)
+    middle[8:231] = True  # 223 voxels: their centre is a voxel's, the grid's lies between two pixels
+    grid = slices.session_grid(middle, source, 224, 1.0, 1.0)
+    for row in slices.onto_grid(ramp, source, grid, labels=True)[2, 110:114]:
+        np.testing.assert_array_equal(np.diff(row.astype(int)), 1)
+
+
+@pytest.mark.parametrize("degrees", [(0, 0, 0), (9, -6, 12)])
+def test_a_part_of_a_grid_is_cut_out_of_the_whole(degrees: tuple[float, float, float]) -> None:
+    source = phantoms.affine((3, 4, 5), SHAPE, degrees, (3.7, -8, 2))
+    data = np.random.default_rng(0).normal(300, 90, SHAPE).astype(np.float32)
+    grid = slices.session_grid(brain(RAS), RAS, 80, 2.3, 3.1)
+    whole = slices.onto_grid(data, source, grid)
+    for part in (np.s_[0:9, 60:80, 3:4], np.s_[5:30, 11:70, 20:61]):
+        cut = slices.onto_grid(data, source, grid, part=part)
+        np.testing.assert_array_equal(np.isnan(cut), np.isnan(whole[part]))
+        np.testing.assert_array_max_ulp(np.nan_to_num(cut), np.nan_to_num(whole[part]), 1)
+    assert np.isnan(whole).any()
+
+
+@pytest.mark.parametrize("corner", [(0, 0, 0), (20, 25, 18), (43, 51, 39)])
+def test_a_small_label_is_found_wherever_it_lies(corner: tuple[int, int, int]) -> None:
+    """Only cells near what is set are looked at; a slow search for the nearest voxel looks at all."""
+    source = phantoms.affine((4, 3, 5), SHAPE, (9, -6, 12))
+    labels = np.zeros(SHAPE, np.uint8)
+    labels[corner] = 7
+    grid = slices.session_grid(np.ones(SHAPE, bool), source, 150, 1.9, 2.1)
+    found = slices.onto_grid(labels, source, grid, labels=True)
+    cells = np.stack([*np.indices(grid.shape)[[1, 2, 0]].reshape(3, -1), np.ones(found.size)])
+    nearest = np.rint(np.linalg.inv(source) @ (grid.affine @ cells))[:3].astype(int)
+    there = (nearest == np.array(corner)[:, None]).all(axis=0).reshape(grid.shape)
+    assert there.any() and set(np.unique(found[there])) == {7}
+    np.testing.assert_array_equal(found > 0, there)
+    assert slices.box(there) == slices.box(found > 0)
+
+
+def test_a_label_beyond_the_grid_is_not_there() -> None:
+    labels = np.zeros(SHAPE, np.uint8)
+    grid = slices.session_grid(brain(RAS), RAS, 20, 4.0, 4.0)
+    assert not slices.onto_grid(labels, RAS, grid, labels=True).any()
+    labels[0, 0, 0] = 1
+    assert not slices.onto_grid(labels, RAS, grid, labels=True).any()
+
+
+def test_box_of_a_mask() -> None:
+    mask = np.zeros((5, 6, 7), bool)
+    assert slices.box(mask) == np.s_[0:1, 0:1, 0:1]
+    mask[1, 2, 5] = mask[3, 4, 0] = True
+    assert slices.box(mask) == np.s_[1:4, 2:5, 0:6]
+
+
 @pytest.mark.parametrize("degrees", [(0, 0, 0), (8, -6, 10)])
 def test_label_maps_return_to_the_scan(degrees: tuple[float, float, float]) -> None:
     shape = (88, 104, 36)

@@ -17,6 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from cranium.volume.slices import box
+
 Array = NDArray[np.float32]
 
 SIDE = 36  # cells along an axis of the grid
@@ -56,49 +58,50 @@ def fingerprint(volumes: NDArray[Any], brain: NDArray[np.bool_], affine: NDArray
     For each of `FRAMES` 1 + C runs of `BYTES` bytes, a bit a cell: where there is brain, then for each channel where it
     is brighter than its neighbourhood; all zero for a channel that is absent.
     """
-    share, channels, coarse = _averaged(volumes, brain, affine)
-    centre, covariance = _moments(share, coarse)
+    means, coarse = _averaged([brain.view(np.uint8), *volumes], brain, affine)
+    centre, covariance = _moments(means[0], coarse)
     planes: list[NDArray[np.bool_]] = []
     for axes in (np.eye(3), _inertia(covariance)):
         places, blur = _sampling(coarse, centre, axes, covariance)
-        tissue = ndimage.map_coordinates(ndimage.gaussian_filter(share, blur), places, order=1)
+        tissue, *values = _straight(means, places, blur) if not planes else _turned(means, places, blur)
         inside = tissue > 0.5
         planes.append(inside[BALL])
-        for channel in channels:
-            value = ndimage.map_coordinates(ndimage.gaussian_filter(channel, blur), places, order=1)
-            planes.append(_brighter(value / np.maximum(tissue, 1e-3), inside)[BALL])
+        weight = inside.astype(np.float32)
+        near = np.maximum(ndimage.gaussian_filter(weight, NEIGHBOURHOOD), 1e-3)
+        for value in values:
+            value /= np.maximum(tissue, 1e-3)
+            around = ndimage.gaussian_filter(value * weight, NEIGHBOURHOOD) / near  # of what is inside
+            planes.append((inside & (value > around))[BALL])
     return b"".join(np.packbits(plane).tobytes() for plane in planes)
 
 
 def _averaged(
-    volumes: NDArray[Any], brain: NDArray[np.bool_], affine: NDArray[np.float64]
-) -> tuple[Array, Array, NDArray[np.float64]]:
-    """Share of brain [Z, Y, X] and mean intensity, 0 outside the brain, [C, Z, Y, X] in blocks of about `COARSE_MM`;
-    and (z, y, x) -> mm."""
+    volumes: Sequence[NDArray[Any]], brain: NDArray[np.bool_], affine: NDArray[np.float64]
+) -> tuple[Array, NDArray[np.float64]]:
+    """Means [n, Z, Y, X] of n volumes in blocks of about `COARSE_MM` of the brain's box; and (z, y, x) -> mm.
+
+    Blocks at the far end may reach beyond the box, where there is no brain.
+    """
     steps = affine[:3, [2, 0, 1]]
     size = np.maximum(1, np.round(COARSE_MM / np.linalg.norm(steps, axis=0))).astype(int)
-    ends = [np.flatnonzero(brain.any(axis=axes))[[0, -1]] for axes in ((1, 2), (0, 2), (0, 1))]
-    box = tuple(slice(first, last + 1) for first, last in ends)
-
-    def blocks(volume: NDArray[Any]) -> Array:
-        """Means of blocks; those at the far end may reach beyond the box, where there is no brain."""
+    part = box(brain)
+    blocks = []
+    for volume in volumes:
         fits = volume.dtype == np.uint8 and np.prod(size) <= 257
-        summed = volume[box].astype(np.uint16 if fits else np.uint32)
+        summed = volume[part]
         for axis, step in enumerate(size):
-            summed = _added(summed, axis, int(step))
-        means: Array = (summed / np.prod(size)).astype(np.float32)
-        return means
-
+            summed = _added(summed, axis, int(step), np.uint16 if fits else np.uint32)
+        blocks.append((summed / np.prod(size)).astype(np.float32))
     coarse = np.eye(4)
     coarse[:3, :3] = steps * size
-    coarse[:3, 3] = affine[:3, 3] + steps @ ([part.start for part in box] + (size - 1) / 2)
-    return blocks(brain.view(np.uint8)), np.stack([blocks(volume) for volume in volumes]), coarse
+    coarse[:3, 3] = affine[:3, 3] + steps @ ([side.start for side in part] + (size - 1) / 2)
+    return np.stack(blocks), coarse
 
 
-def _added(values: NDArray[Any], axis: int, step: int) -> NDArray[Any]:
+def _added(values: NDArray[Any], axis: int, step: int, dtype: type[np.unsignedinteger[Any]]) -> NDArray[Any]:
     """Sums of `step` neighbours along an axis; the last may be of fewer. `np.add.reduceat` takes five times as long."""
     lines = np.moveaxis(values, axis, 0)
-    found = lines[::step].copy()
+    found = lines[::step].astype(dtype)
     for offset in range(1, step):
         more = lines[offset::step]
         found[: len(more)] += more
@@ -107,13 +110,20 @@ def _added(values: NDArray[Any], axis: int, step: int) -> NDArray[Any]:
 
 def _moments(share: Array, coarse: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Centroid (mm) and covariance (mm2) of the brain."""
-    index = np.argwhere(share > 0)
-    weight = share[share > 0].astype(np.float64)
-    world = index @ coarse[:3, :3].T + coarse[:3, 3]
-    centre = np.average(world, axis=0, weights=weight)
-    apart = world - centre
+    sides = [
+        np.arange(count) - (count - 1) / 2 for count in share.shape
+    ]  # about the middle, for the digits' sake
+    total = float(share.sum(dtype=np.float64))
+    mean, second = np.zeros(3), np.zeros((3, 3))
+    for a, b, other in ((0, 1, 2), (0, 2, 1), (1, 2, 0)):
+        plane = share.sum(axis=other, dtype=np.float64) / total
+        second[a, b] = second[b, a] = sides[a] @ plane @ sides[b]
+        for axis, line in ((a, plane.sum(axis=1)), (b, plane.sum(axis=0))):
+            mean[axis], second[axis, axis] = sides[axis] @ line, sides[axis] ** 2 @ line
+    middle = (np.array(share.shape) - 1) / 2
+    centre = coarse[:3, :3] @ (mean + middle) + coarse[:3, 3]
     floor = np.diag(np.full(3, 1e-6))
-    return centre, (apart * weight[:, None]).T @ apart / weight.sum() + floor
+    return centre, coarse[:3, :3] @ (second - np.outer(mean, mean)) @ coarse[:3, :3].T + floor
 
 
 def _inertia(covariance: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -133,7 +143,7 @@ def _sampling(
     axes: NDArray[np.float64],
     covariance: NDArray[np.float64],
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Where the grid's points lie among the blocks [3, x, y, z], and the blur (blocks) that a cell's size asks for."""
+    """Where the points lie among the blocks [z y x, x, y, z], and the blur (blocks) that a cell's size asks for."""
     spread = np.sqrt(np.diag(axes.T @ covariance @ axes))
     world = centre + (_POINTS * spread) @ axes.T
     inverse = np.linalg.inv(coarse[:3, :3])
@@ -143,13 +153,24 @@ def _sampling(
     return places.transpose(3, 0, 1, 2), blur[::-1]
 
 
-def _brighter(value: Array, inside: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Where a value is greater than in its neighbourhood, as far as that is inside."""
-    weight = inside.astype(np.float32)
-    around = ndimage.gaussian_filter(value * weight, NEIGHBOURHOOD)
-    near = ndimage.gaussian_filter(weight, NEIGHBOURHOOD)
-    brighter: NDArray[np.bool_] = inside & (value > around / np.maximum(near, 1e-3))
-    return brighter
+def _turned(means: Array, places: NDArray[np.float64], blur: NDArray[np.float64]) -> list[Array]:
+    """Of each volume [Z, Y, X] the values [x, y, z] at places, blurred."""
+    return [ndimage.map_coordinates(ndimage.gaussian_filter(v, blur), places, order=1) for v in means]
+
+
+def _straight(means: Array, places: NDArray[np.float64], blur: NDArray[np.float64]) -> Array:
+    """The same where each axis of the grid runs along one of the volumes': a matrix an axis, a fifth of the time."""
+    lines = (places[0, 0, 0], places[1, 0, :, 0], places[2, :, 0, 0])
+    z, y, x = (
+        ndimage.map_coordinates(
+            ndimage.gaussian_filter1d(np.eye(count, dtype=np.float32), sigma, axis=0),
+            np.stack(np.meshgrid(line, np.arange(count), indexing="ij")),
+            order=1,
+        )
+        for line, count, sigma in zip(lines, means.shape[1:], blur, strict=True)
+    )
+    values: Array = np.tensordot(y @ (means @ x.T), z, (1, 1))  # [n, y, x, z]
+    return values.transpose(0, 2, 1, 3)
 
 
 # ---- comparing ------------------------------------------------------------------------------------------------------

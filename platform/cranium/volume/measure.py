@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cranium.volume.slices import Box, box
+
 Native = tuple[NDArray[Any], NDArray[np.float64]]  # voxels [I, J, K] as stored, and their affine to RAS mm
 
 PERCENT = tuple(range(0, 101, 5))  # of the raw intensities inside the brain
@@ -37,15 +39,16 @@ def measures(
     their `correlation`. Four digits; None where it is undefined.
     """
     spacing = np.linalg.norm(affine[:3, :3], axis=0)  # row, column, slice
-    box = [int(np.ptp(np.flatnonzero(brain.any(axis=axes)))) + 1 for axes in ((0, 1), (0, 2), (1, 2))]
-    extent = np.array(box) * spacing[[1, 0, 2]]
+    part = box(brain)
+    low = np.array([side.start for side in part])
+    size = np.array([side.stop for side in part]) - low
+    extent = (size * spacing[[2, 0, 1]])[::-1]
     count = int(np.count_nonzero(brain))
     ml = count * float(np.prod(spacing)) / 1000
-    places = np.flatnonzero(brain)[:: max(1, count // SAMPLE)]
-    found = np.array(np.unravel_index(places, brain.shape))
+    places = np.flatnonzero(brain[part])[:: max(1, count // SAMPLE)]
+    found = np.array(np.unravel_index(places, size)) + low[:, None]
     world = affine[:3] @ np.stack([found[1], found[2], found[0], np.ones(len(places))])
-    slices = np.flatnonzero(brain.any(axis=(1, 2)))[::STRIDE]
-    values = {name: volumes[channels.index(name)].reshape(-1)[places].astype(np.float64) for name in native}
+    values = {name: volumes[channels.index(name)][tuple(found)].astype(np.float64) for name in native}
     return {
         "brain_ml": _short(ml),
         "extent_mm": [_short(float(mm)) for mm in extent],
@@ -54,12 +57,12 @@ def measures(
             name: {
                 "quantiles": _quantiles(*scan, world),
                 "cover": _short(float(np.mean(values[name] > 0))),
-                **_looks(volumes[channels.index(name), slices].astype(np.float32)),
+                **_looks(volumes[channels.index(name)], part),
             }
             for name, scan in native.items()
         },
         "correlation": {
-            f"{a}+{b}": _correlation(values[a], values[b], (values[a] > 0) & (values[b] > 0))
+            f"{a}+{b}": _correlation(*(values[name][(values[a] > 0) & (values[b] > 0)] for name in (a, b)))
             for a, b in itertools.combinations(native, 2)
         },
     }
@@ -77,32 +80,35 @@ def _quantiles(
     index = np.rint(inverse[:3, :3] @ world + inverse[:3, 3:]).astype(int)
     index = index[:, ((index >= 0) & (index < np.array(data.shape[:3])[:, None])).all(axis=0)]
     values = np.asarray(data[tuple(index)], np.float64)
-    values = values[np.isfinite(values)]
-    return [_short(float(q)) for q in np.percentile(values, PERCENT)] if len(values) else None
+    values = np.sort(values[np.isfinite(values)])
+    ranks = np.arange(len(values))
+    at = np.array(PERCENT) / 100 * (len(values) - 1)
+    return [_short(float(q)) for q in np.interp(at, ranks, values)] if len(values) else None
 
 
-def _looks(slices: NDArray[np.float32]) -> dict[str, float | None]:
-    """Sharpness and symmetry of some slices [n, H, W], where 0 is outside the brain."""
-    inside = slices > 0
-    spread = float(slices[inside].std()) if inside.any() else 0.0
-    steps = [
-        np.abs(np.diff(slices, axis=axis))[
-            np.take(inside, range(1, inside.shape[axis]), axis)
-            & np.take(inside, range(inside.shape[axis] - 1), axis)
-        ]
-        for axis in (1, 2)
-    ]
-    step = np.concatenate(steps)
-    mirrored = slices[:, :, ::-1]
-    both = inside & (mirrored > 0)
+def _looks(volume: NDArray[Any], part: Box) -> dict[str, float | None]:
+    """Sharpness and symmetry of every `STRIDE`-th slice of [Z, H, W], 0 outside the brain; `part` is its box."""
+    z, rows, columns = part
+    edge = min(columns.start, volume.shape[2] - columns.stop)  # the mirror stands in the middle of the grid
+    seen = volume[z.start : z.stop : STRIDE, rows, edge : volume.shape[2] - edge]
+    inside = seen > 0
+    total = pairs = 0
+    for one, other in ((np.s_[:, 1:], np.s_[:, :-1]), (np.s_[..., 1:], np.s_[..., :-1])):
+        both = inside[one] & inside[other]
+        steps = np.maximum(seen[one], seen[other]) - np.minimum(seen[one], seen[other])
+        total += int((steps * both).sum(dtype=np.int64))
+        pairs += int(np.count_nonzero(both))
+    spread = float(seen[inside].std()) if pairs else 0.0
+    both = inside & inside[..., ::-1]
     return {
-        "sharpness": _short(float(step.mean()) / spread) if step.size and spread > 0 else None,
-        "symmetry": _correlation(slices, mirrored, both),
+        "sharpness": _short(total / pairs / spread) if spread > 0 else None,
+        "symmetry": _correlation(seen[both], seen[..., ::-1][both]),
     }
 
 
-def _correlation(first: NDArray[Any], second: NDArray[Any], where: NDArray[np.bool_]) -> float | None:
-    a, b = first[where].astype(np.float64), second[where].astype(np.float64)
-    if len(a) < 2 or not a.std() > 0 or not b.std() > 0:
+def _correlation(first: NDArray[Any], second: NDArray[Any]) -> float | None:
+    if len(first) < 2:
         return None
-    return _short(float(np.corrcoef(a, b)[0, 1]))
+    a, b = (values.astype(np.float64) - values.mean(dtype=np.float64) for values in (first, second))
+    scale = float(np.sqrt((a @ a) * (b @ b)))
+    return _short(float(a @ b) / scale) if scale > 0 else None

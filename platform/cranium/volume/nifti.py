@@ -178,7 +178,8 @@ def _unpack(
         _drain(stream)  # a damaged stream makes nonsense of a header: then the damage is what is said
         raise
     limit = header.offset + header.nbytes + SLACK_BYTES
-    body = start + _inflate(stream, stream.unconsumed_tail, limit - len(start) + 1)
+    stream = isal_zlib.decompressobj(wbits=31)
+    body = _inflate(stream, content, limit + 1)  # from the start again: to join two parts is to copy all
     if len(body) > limit:
         raise Rejected("BOMB", f"unpacks to over {limit} bytes, more than its header declares")
     _whole(stream)

@@ -1,7 +1,6 @@
 """One session's scans -> volumes on one grid: reading, alignment, resampling, intensities.
 
-Inside the brain mask intensities run from 1 to the greatest level between two percentiles of the volume; outside it
-every pixel is 0, so 0 means "no brain" and nothing else.
+Outside the brain every pixel is 0 (`levels.py`), so nothing is resampled beyond the box of the grid that holds it.
 """
 
 from __future__ import annotations
@@ -16,12 +15,13 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from cranium.volume import bias, dicom, masks, register
+from cranium.volume.levels import to_levels
 from cranium.volume.masks import Affine, Masked, Segment, masked, otsu_mask, same_grid
 from cranium.volume.nifti import Orientation, Phi, Volume, read
 from cranium.volume.quality import Note, Rejected
-from cranium.volume.slices import BRAIN, Grid, Kept, bounding_box, kept, onto_grid, session_grid
+from cranium.volume.slices import BRAIN, Box, Grid, Kept, bounding_box, box, kept, onto_grid, session_grid
 
-__all__ = ["Conformed", "Masked", "Wanted", "conform", "masked", "otsu_mask", "read_scans", "to_levels"]
+__all__ = ["Conformed", "Masked", "Wanted", "conform", "masked", "otsu_mask", "read_scans"]
 
 MAX_APART_MM = 50.0  # between the centres of two contrasts of a session
 COVER = (0.5, 0.98)  # share of the brain a scan must cover; and below which it is noted
@@ -100,29 +100,6 @@ def _read(root: Path, path: str, orientation: Orientation, phi: Phi) -> Volume:
     return read(root / path, root=root, orientation=orientation, phi=phi)
 
 
-# ---- intensities ----------------------------------------------------------------------------------------------------
-
-
-def to_levels(
-    values: NDArray[np.float32],
-    brain: NDArray[np.bool_],
-    percentiles: tuple[float, float],
-    dtype: DTypeLike = np.uint8,
-) -> NDArray[Any]:
-    """1 to the greatest of `dtype`, by the share of the way between two percentiles inside `brain`; 0 outside.
-
-    Any one shape. Raises `Rejected(EMPTY_BRAIN)` where the two percentiles are equal: there is nothing to see.
-    """
-    inside = values[brain]
-    low, high = (float(p) for p in np.percentile(inside, percentiles)) if inside.size else (0.0, 0.0)
-    if not high > low:
-        raise Rejected("EMPTY_BRAIN", f"the brain is constant between the percentiles {percentiles}")
-    share = np.clip((inside.astype(np.float64) - low) / (high - low), 0, 1)
-    result = np.zeros(values.shape, dtype)
-    result[brain] = np.rint(1 + (np.iinfo(result.dtype).max - 1) * share).astype(dtype)
-    return result
-
-
 # ---- one grid -------------------------------------------------------------------------------------------------------
 
 
@@ -162,23 +139,21 @@ def conform(
     notes: dict[str, tuple[Note, ...]] = {}
     quality: dict[str, Mapping[str, Any]] = {}
     first: NDArray[np.bool_] | None = None
-    once: dict[tuple[int, bytes], NDArray[np.bool_]] = {}  # one mask may serve several scans
+    gridded = _masks(placed, grid)
+    part = box(np.logical_or.reduce([mask for mask, _ in gridded.values()]))
     for channel, scan in placed.items():
         try:
             if bias_correction == "n4":
                 scan = replace(scan, data=bias.n4(scan))
-            mask = (id(scan.brain), scan.brain_affine.tobytes())
-            if mask not in once:
-                once[mask] = _on_grid(scan, grid)
-            values, inside, found = _place(scan, once[mask], grid)
-            volumes[channels.index(channel)] = to_levels(values, inside, percentiles, dtype)
+            values, inside, found = _place(scan, *gridded[channel], grid, part)
+            volumes[channels.index(channel)][part] = to_levels(values, inside, percentiles, dtype)
         except Rejected as reason:
             rejected[channel] = reason
             continue
         alike = first is None or _same_mask(scan, reference)
         dice = None if first is None or alike else _dice(inside, first & np.isfinite(values))
         first = inside if first is None else first
-        brain |= inside
+        brain[part] |= inside
         quality[channel], odd = masks.quality(scans[channel], dice)
         notes[channel] = scan.notes + moves.get(channel, ()) + found + odd
     if not notes:
@@ -264,25 +239,35 @@ def _not_apart(scan: Masked, reference: Masked) -> None:
         )
 
 
-def _on_grid(scan: Masked, grid: Grid) -> NDArray[np.bool_]:
-    return onto_grid(scan.brain.view(np.uint8), scan.brain_affine, grid, labels=True).astype(bool)
+def _masks(scans: Mapping[str, Masked], grid: Grid) -> dict[str, tuple[NDArray[np.bool_], float]]:
+    """Of each contrast, its mask on the grid and how far the brain reaches beyond that (mm): one may serve several."""
+    once: dict[tuple[int, bytes], tuple[NDArray[np.bool_], float]] = {}
+    found = {}
+    for channel, scan in scans.items():
+        key = (id(scan.brain), scan.brain_affine.tobytes())
+        if key not in once:
+            voxels = scan.brain.view(np.uint8)
+            mask = onto_grid(voxels, scan.brain_affine, grid, labels=True).astype(bool)
+            once[key] = (mask, _cut(scan, grid))
+        found[channel] = once[key]
+    return found
 
 
 def _place(
-    scan: Masked, inside: NDArray[np.bool_], grid: Grid
+    scan: Masked, mask: NDArray[np.bool_], cut: float, grid: Grid, part: Box
 ) -> tuple[NDArray[np.float32], NDArray[np.bool_], tuple[Note, ...]]:
-    """A scan and its mask on the grid. Raises `Rejected(MODALITY_GRID)` where it covers too little of its mask."""
-    values = onto_grid(scan.data, scan.affine, grid)
-    seen = np.isfinite(values)
-    cover = float((inside & seen).sum()) / max(1.0, float(inside.sum()))
+    """A scan and its mask on a part of the grid. Raises `Rejected(MODALITY_GRID)` where it covers too little of it."""
+    values = onto_grid(scan.data, scan.affine, grid, part=part)
+    inside = mask[part] & np.isfinite(values)
+    cover = int(np.count_nonzero(inside)) / max(1, int(np.count_nonzero(mask)))
     if cover < COVER[0]:
         raise Rejected("MODALITY_GRID", f"covers {cover:.0%} of the brain mask only")
     notes = [Note("PARTIAL_COVER", f"covers {cover:.1%} of the brain mask")] if cover < COVER[1] else []
-    if cut := _cut(scan, grid):
+    if cut:
         notes.append(
             Note("CROPPED", f"brain reaches {cut:.0f} mm beyond the stack; a larger `size` keeps it")
         )
-    return values, inside & seen, tuple(notes)
+    return values, inside, tuple(notes)
 
 
 def _dice(a: NDArray[np.bool_], b: NDArray[np.bool_]) -> float:

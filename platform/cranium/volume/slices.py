@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 Affine = NDArray[np.float64]
+Box = tuple[slice, slice, slice]  # of an array with three axes
 
 _FWHM = 2 * np.sqrt(2 * np.log(2))  # of a Gaussian, in standard deviations
 
@@ -71,26 +72,61 @@ def bounding_box(mask: NDArray[np.bool_], affine: Affine) -> tuple[Affine, Affin
     """Least and greatest world coordinates (mm) of the centres of the voxels that are set."""
     if not mask.any():
         raise ValueError("the mask is empty")
-    # The extremes lie at the ends of a column, so only those are looked at: exact, and a hundredth of the voxels.
-    columns = np.argwhere(mask.any(axis=2))
-    lines = mask[columns[:, 0], columns[:, 1]]
+    # The extremes lie at the ends of a line, so only those are looked at: exact, and a hundredth of the voxels. Of RAS
+    # volumes the first axis is the one that runs through memory.
+    starts = np.argwhere(mask.any(axis=0))
+    lines = mask.transpose(1, 2, 0)[starts[:, 0], starts[:, 1]]
     first = lines.argmax(axis=1)
-    last = mask.shape[2] - 1 - lines[:, ::-1].argmax(axis=1)
-    ends = np.concatenate([np.column_stack([columns, first]), np.column_stack([columns, last])])
+    last = mask.shape[0] - 1 - lines[:, ::-1].argmax(axis=1)
+    ends = np.concatenate([np.column_stack([first, starts]), np.column_stack([last, starts])])
     world = ends @ affine[:3, :3].T + affine[:3, 3]
     return world.min(axis=0), world.max(axis=0)
 
 
-def onto_grid(data: NDArray[Any], affine: Affine, grid: Grid, *, labels: bool = False) -> NDArray[Any]:
+def box(mask: NDArray[np.bool_]) -> Box:
+    """The smallest box [Z, H, W] that holds all that is set; that of the first cell where nothing is."""
+    sides = [np.flatnonzero(mask.any(axis=axes)) for axes in ((1, 2), (0, 2), (0, 1))]
+    z, y, x = (slice(int(side[0]), int(side[-1]) + 1) if len(side) else slice(0, 1) for side in sides)
+    return z, y, x
+
+
+def onto_grid(
+    data: NDArray[Any], affine: Affine, grid: Grid, *, labels: bool = False, part: Box | None = None
+) -> NDArray[Any]:
     """Resample a volume [I, J, K] onto a grid: [Z, H, W] float32, NaN outside the volume's field of view.
 
     Linear; where the grid is coarser than the volume, a Gaussian first takes away what it cannot hold (Cardoso et al.
-    2015, MICCAI, "Scale factor point spread function matching"). `labels`: nearest voxel, own dtype, 0 outside.
+    2015, MICCAI, "Scale factor point spread function matching"). `part`: only these cells. `labels`: nearest voxel, own
+    dtype, 0 outside, all cells.
     """
+    step = np.linalg.inv(affine) @ grid.affine_xyz
     if not labels:
         data = _smoothed(data.astype(np.float32, copy=False), affine, grid)
-    step = np.linalg.inv(affine) @ grid.affine_xyz
-    return _resample(data, step, (grid.shape[2], grid.shape[1], grid.shape[0]), labels).transpose(2, 1, 0)
+        z, y, x = grid.shape
+        return _cells(data, step, part or (slice(0, z), slice(0, y), slice(0, x)), labels=False)
+    result = np.zeros(grid.shape, data.dtype)
+    if data.any():
+        near = _near(data != 0, affine, grid)
+        result[near] = _cells(data, step, near, labels=True)
+    return result
+
+
+def _cells(data: NDArray[Any], step: Affine, part: Box, labels: bool) -> NDArray[Any]:
+    z, y, x = part
+    shape = (x.stop - x.start, y.stop - y.start, z.stop - z.start)
+    return _resample(data, step, shape, labels, (x.start, y.start, z.start)).transpose(2, 1, 0)
+
+
+def _near(mask: NDArray[np.bool_], affine: Affine, grid: Grid) -> Box:
+    """The cells whose nearest voxel may be one that is set, and at least one: the rest need no look."""
+    half = np.abs(affine[:3, :3]).sum(axis=1) / 2  # of a voxel
+    low, high = bounding_box(mask, affine)
+    ends = (
+        np.linalg.inv(grid.affine) @ np.array([[*(low - half), 1], [*(high + half), 1]]).T
+    )  # row, column, slice
+    least = np.floor(ends[[2, 0, 1]].min(axis=1))
+    most = np.ceil(ends[[2, 0, 1]].max(axis=1))
+    return _clipped(least, most, grid.shape)
 
 
 def to_native(
@@ -135,16 +171,41 @@ def nearest(labels: NDArray[Any], affine: Affine, shape: tuple[int, ...], other:
     return _resample(labels, np.linalg.inv(affine) @ other, shape, labels=True)
 
 
-def _resample(data: NDArray[Any], step: Affine, shape: tuple[int, ...], labels: bool) -> NDArray[Any]:
-    """`step` maps an index of the result [x, y, z] to an index of `data` [i, j, k]."""
+def _resample(
+    data: NDArray[Any],
+    step: Affine,
+    shape: tuple[int, ...],
+    labels: bool,
+    start: tuple[int, int, int] = (0, 0, 0),
+) -> NDArray[Any]:
+    """`step` maps `start` + an index of the result [x, y, z] to an index of `data` [i, j, k]."""
     step = np.round(step, 6)  # so that headers equal up to float32 noise give equal voxels
-    image = sitk.GetImageFromArray(np.ascontiguousarray(data.transpose(2, 1, 0)))
+    if labels:
+        step[:3, 3] += 5e-7  # no place lies just between two voxels, where the last bit would choose
+    touched = _touched(step, start, shape, data.shape)
+    step[:3, 3] -= [side.start for side in touched]
+    image = sitk.GetImageFromArray(np.ascontiguousarray(data[touched].transpose(2, 1, 0)))
     transform = sitk.AffineTransform(step[:3, :3].ravel().tolist(), step[:3, 3].tolist())
     method, outside = (sitk.sitkNearestNeighbor, 0.0) if labels else (sitk.sitkLinear, float("nan"))
     identity = np.eye(3).ravel().tolist()
-    result = sitk.Resample(image, shape, transform, method, (0.0,) * 3, (1.0,) * 3, identity, outside)
+    result = sitk.Resample(image, shape, transform, method, start, (1.0,) * 3, identity, outside)
     array: NDArray[Any] = sitk.GetArrayFromImage(result)
     return array.transpose(2, 1, 0)
+
+
+def _touched(step: Affine, start: tuple[int, ...], shape: tuple[int, ...], of: tuple[int, ...]) -> Box:
+    """The voxels among which the result's lie and one more at each side: copying all takes longer than resampling."""
+    ends = [(first, first + count - 1) for first, count in zip(start, shape, strict=True)]
+    places = step[:3] @ np.array(np.meshgrid(*ends, [1], indexing="ij")).reshape(4, -1)
+    return _clipped(np.floor(places.min(axis=1)) - 1, np.ceil(places.max(axis=1)) + 1, of)
+
+
+def _clipped(low: Affine, high: Affine, shape: tuple[int, ...]) -> Box:
+    """From `low` to `high`, as far as an array of this shape has it, but at least its nearest cell."""
+    last = np.array(shape) - 1
+    ends = (np.clip(low, 0, last).astype(int).tolist(), np.clip(high, 0, last).astype(int).tolist())
+    i, j, k = (slice(first, final + 1) for first, final in zip(*ends, strict=True))
+    return i, j, k
 
 
 def _smoothed(data: NDArray[np.float32], affine: Affine, grid: Grid) -> NDArray[np.float32]:
