@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -25,6 +26,8 @@ _SHRINKS = 2.0 ** (-np.arange(8) / 2)
 """Sides of the boxes around a foreground pixel that are tried when no random box holds enough foreground."""
 _GLOBAL_FOREGROUND = 0.01
 """Share of foreground below which a global view counts as blank."""
+_AT_ONCE = 4
+"""Rows that a CPU works on together: their views stay in its cache."""
 _SMALLEST = 4
 """Pixels a side, below which such a box does not shrink."""
 
@@ -71,6 +74,11 @@ class ViewParams:
     """[V, B, C] in [0, 1): a contrast is lost below `contrast_dropout`; the greatest present one never is."""
     changes: intensity.Changes
 
+    def of(self, rows: slice) -> ViewParams:
+        """Those of some rows of the batch."""
+        boxes, pixel, flip, drop = (a[:, rows] for a in (self.boxes, self.pixel, self.flip, self.drop))
+        return ViewParams(boxes, pixel, flip, drop, self.changes.of(rows))
+
 
 @dataclass(frozen=True)
 class CropParams:
@@ -111,18 +119,28 @@ def apply(stacks: Tensor, present: Tensor, params: CropParams, spec: CropSpec) -
     """
     if stacks.dtype != torch.uint8 or stacks.ndim != 5:
         raise ValueError(f"stacks must be uint8 [B, C, S, H, W], got {stacks.dtype} {tuple(stacks.shape)}")
-    present = present.to(stacks.device)
+    present, batch = present.to(stacks.device), len(stacks)
+    at_once = _AT_ONCE if stacks.device.type == "cpu" else batch
+    asked = (
+        (params.global_views, spec.global_size, _GLOBAL_FOREGROUND),
+        (params.local_views, spec.local_size, spec.min_foreground),
+    )
+    channels = stacks.shape[1] * stacks.shape[2]
+    made = [
+        torch.empty(len(views.pixel), batch, channels, size, size, device=stacks.device)
+        for views, size, _ in asked
+    ]
     with torch.no_grad(), torch.autocast(stacks.device.type, enabled=False):
-        pixels = stacks.float().mul_(present[:, :, None, None, None].float() / 255)
-        foreground = survey((pixels > 0).flatten(1, 2).any(dim=1))
-        return (
-            _views(
-                pixels, present, foreground, params.global_views, spec, spec.global_size, _GLOBAL_FOREGROUND
-            ),
-            _views(
-                pixels, present, foreground, params.local_views, spec, spec.local_size, spec.min_foreground
-            ),
-        )
+        for start in range(0, batch, at_once):
+            rows = slice(start, start + at_once)
+            pixels = stacks[rows].float().mul_(present[rows, :, None, None, None].float() / 255)
+            foreground = survey(pixels.flatten(1, 2).amax(dim=1) > 0)
+            for out, (views, size, least) in zip(made, asked, strict=True):
+                if len(out):
+                    out[:, rows] = _views(
+                        pixels, present[rows], foreground, views.of(rows), spec, size, least
+                    )
+    return made[0], made[1]
 
 
 def _view_params(
@@ -167,8 +185,6 @@ def _views(
 ) -> Tensor:
     batch, contrasts, slices = pixels.shape[:3]
     num_views = len(params.pixel)
-    if not num_views:
-        return pixels.new_zeros(0, batch, contrasts * slices, size, size)
     device = pixels.device
     boxes = torch.from_numpy(params.boxes).to(device)
     pixel = torch.from_numpy(params.pixel).to(device)
@@ -195,7 +211,7 @@ def _views(
 def keep_contrasts(present: Tensor, drop: Tensor, probability: float) -> Tensor:
     """Contrasts [V, B, C] bool that remain: `present` [V, B, C] or [B, C], not dropped, always one of the present."""
     drop = torch.where(present, drop, -1.0)
-    luckiest = torch.nn.functional.one_hot(drop.argmax(dim=-1), drop.shape[-1]).bool()
+    luckiest = F.one_hot(drop.argmax(dim=-1), drop.shape[-1]).bool()
     return present & ((drop >= probability) | luckiest)
 
 
@@ -212,7 +228,7 @@ def survey(foreground: Tensor) -> Foreground:
     """Of `foreground` [B, H, W] bool."""
     table = foreground.int().cumsum(1, dtype=torch.int32).cumsum(2, dtype=torch.int32)
     running = foreground.flatten(1).int().cumsum(1, dtype=torch.int32)
-    return Foreground(torch.nn.functional.pad(table, (1, 0, 1, 0)), running)
+    return Foreground(F.pad(table, (1, 0, 1, 0)), running)
 
 
 def choose_boxes(foreground: Foreground, boxes: Tensor, pixel: Tensor, min_foreground: float) -> Tensor:
@@ -261,9 +277,27 @@ def _share(table: Tensor, boxes: Tensor) -> Tensor:
 def resize(images: Tensor, boxes: Tensor, flip: Tensor, size: int) -> Tensor:
     """Antialiased bilinear resize of boxes [V, B, 4] of `images` [B, K, H, W]: [V, B, K, size, size].
 
-    Two batched matrix products; the same numbers as `interpolate(crop, size, mode="bilinear",
-    antialias=True)`.
+    The numbers of torch's `interpolate(crop, size, mode="bilinear", antialias=True)`: on a CPU by it, box by box; else
+    as two batched matrix products.
     """
+    if images.device.type == "cpu":
+        return _interpolated(images, boxes, flip, size)
+    return _multiplied(images, boxes, flip, size)
+
+
+def _interpolated(images: Tensor, boxes: Tensor, flip: Tensor, size: int) -> Tensor:
+    views = images.new_empty(*boxes.shape[:2], images.shape[1], size, size)
+    for into, row_boxes, row_flips in zip(views, boxes.tolist(), flip.tolist(), strict=True):
+        for out, image, (top, left, tall, wide), mirrored in zip(
+            into, images, row_boxes, row_flips, strict=True
+        ):
+            crop = image[None, :, top : top + tall, left : left + wide]
+            view = F.interpolate(crop, (size, size), mode="bilinear", antialias=True)
+            out.copy_(view[0].flip(-1) if mirrored else view[0])
+    return views
+
+
+def _multiplied(images: Tensor, boxes: Tensor, flip: Tensor, size: int) -> Tensor:
     batch, channels, height, width = images.shape
     views = len(boxes)
     down = _resize_matrix(boxes[..., 0], boxes[..., 2], height, size)
