@@ -278,6 +278,7 @@ class Monitor(Frozen):
 
 
 class PretrainCompute(Compute):
+    tuned: bool = True  # False: the plain forms of the same sums, to compare with
     compile: bool = False
     keep_checkpoints: int = Field(2, ge=1)
     checkpoint_every: int = Field(500, ge=1)  # steps

@@ -24,7 +24,7 @@ from cranium.store import Artefact
 from cranium.training import JOURNAL, STOP
 from cranium.watch import repeatedly
 
-RECIPE = 1
+RECIPE = 2
 KEY = "key.json"  # what shapes the run, beside its checkpoints
 STOP_SECONDS = 25.0  # for the last checkpoint after a signal; Kubernetes kills after 30
 

@@ -138,7 +138,7 @@ def _build(
     )
     objective = method_spec(spec.crops, spec.loss)
     torch.manual_seed(spec.seed)  # the heads' first weights: the same on every worker
-    method = DINOv2(Student(backbone.train(), objective).to(device), objective)
+    method = DINOv2(Student(backbone.train(), objective, tuned=spec.compute.tuned).to(device), objective)
     if spec.compute.compile and device.type == "cuda":
         for network in (method.plain_student, method.teacher):
             for block in network.backbone.vit.blocks:

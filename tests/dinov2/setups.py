@@ -15,7 +15,13 @@ from cranium.models import vit
 CROPS = CropSpec(num_local=2, global_size=56, local_size=28)
 
 
-def build(centering: str = "sinkhorn", drop_path: float = 0.2, **options: Any) -> DINOv2:
+def build(
+    centering: str = "sinkhorn",
+    drop_path: float = 0.2,
+    arch: str = "vit_tiny_patch14",
+    tuned: bool = True,
+    **options: Any,
+) -> DINOv2:
     torch.manual_seed(0)
     spec = MethodSpec(
         **{
@@ -28,7 +34,8 @@ def build(centering: str = "sinkhorn", drop_path: float = 0.2, **options: Any) -
             **options,
         }
     )
-    return DINOv2(Student(vit.build("vit_tiny_patch14", image_size=56, drop_path=drop_path), spec), spec)
+    backbone = vit.build(arch, image_size=56, drop_path=drop_path)
+    return DINOv2(Student(backbone, spec, tuned=tuned), spec)
 
 
 def batch(rows: int = 4) -> tuple[Tensor, Tensor, np.ndarray[Any, np.dtype[np.int64]]]:

@@ -109,3 +109,33 @@ def test_bf16_does_not_reach_the_losses() -> None:
     assert torch.equal(inside, losses.koleo(x))
     low = x.bfloat16()[None]
     assert losses.dino(low, low.float().softmax(-1)).dtype == torch.float32
+
+
+def test_the_gradient_that_is_written_out_is_the_one_of_autograd(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Targets that do not sum to 1, in the parts that a CPU works in, each row weighted."""
+    targets, weights = _random(7, 11, seed=1).exp(), _random(7, seed=2)
+
+    def plain(logits: Tensor) -> Tensor:
+        return -(targets * torch.log_softmax(logits / 0.3, dim=-1)).sum(dim=-1)
+
+    want = _random(7, 11).requires_grad_()
+    expected = plain(want)
+    slope = _grad((expected * weights).sum(), want)
+    for at_once in (1, 25, 1 << 18):
+        monkeypatch.setattr(losses, "_AT_ONCE", at_once)
+        logits = _random(7, 11).requires_grad_()
+        got = losses.soft_cross_entropy(logits, targets, 0.3)
+        torch.testing.assert_close(got, expected)
+        torch.testing.assert_close(_grad((got * weights).sum(), logits), slope)
+
+
+def test_scores_in_bf16_are_judged_in_fp32_and_their_gradient_is_bf16() -> None:
+    logits = _random(3, 50).bfloat16().requires_grad_()
+    targets = _random(3, 50, seed=1).softmax(-1).float()
+    got = losses.soft_cross_entropy(logits, targets, 0.1)
+    want = logits.detach().double().requires_grad_()
+    exact = losses.soft_cross_entropy(want, targets.double(), 0.1)
+    torch.testing.assert_close(got.double(), exact, rtol=1e-6, atol=1e-5)
+    slope = _grad(got.sum(), logits)
+    assert slope.dtype == torch.bfloat16
+    torch.testing.assert_close(slope, _grad(exact.sum(), want).bfloat16(), rtol=1e-2, atol=1e-4)

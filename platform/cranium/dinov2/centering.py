@@ -30,12 +30,15 @@ def sinkhorn(logits: Tensor, temperature: float, iterations: int = 3, reduce: Re
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
     peak = logits.max() if logits.numel() else logits.new_zeros(())
     shared = reduce(torch.stack([peak, logits.new_tensor(float(logits.numel() > 0))]))
-    q = torch.exp(logits - shared[0] / shared[1].clamp(min=1.0))
+    q = logits.sub_(shared[0] / shared[1].clamp(min=1.0)).exp_()
+    # All the rounds only ever scale rows and columns: factors are kept, and applied once.
+    smallest = torch.finfo(q.dtype).tiny
+    by_row, by_column = q.new_ones(len(q)), q.new_ones(q.shape[1])
     for _ in range(iterations):
         # A prototype that no row reaches (all its exponentials underflow) keeps zero mass.
-        q = q / reduce(q.sum(dim=0)).clamp(min=torch.finfo(q.dtype).tiny)
-        q = q / q.sum(dim=1, keepdim=True).clamp(min=torch.finfo(q.dtype).tiny)
-    return q
+        by_column = 1.0 / reduce(by_row @ q).clamp(min=smallest)
+        by_row = 1.0 / (q @ by_column).clamp(min=smallest)
+    return q.mul_(by_row[:, None]).mul_(by_column)
 
 
 class MovingCentre:

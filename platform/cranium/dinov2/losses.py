@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from cranium.dinov2.centering import identity
 
@@ -26,11 +28,13 @@ def dino(
     Official DINOv2 divides the global pairs (V_t^2 - V_t) and local pairs (V_s * V_t) by their joint number;
     so does `method.DINOv2`.
     """
-    student, teacher = _float(student_logits), _float(teacher_probs)
-    targets = teacher.sum(dim=0).expand_as(student)
-    if ignore_diagonal:
-        targets = targets - teacher
-    return soft_cross_entropy(student, targets, temperature).mean(dim=-1).sum()
+    teacher = _float(teacher_probs)
+    total = teacher.sum(dim=0)
+    targets = total - teacher if ignore_diagonal else total.expand_as(student_logits)
+    if not len(student_logits):
+        return _float(student_logits).sum()
+    views = zip(student_logits, targets, strict=True)
+    return torch.stack([soft_cross_entropy(*view, temperature).mean() for view in views]).sum()
 
 
 def ibot(
@@ -41,7 +45,7 @@ def ibot(
     `student` logits and `teacher_probs` [M, K] of the masked patches, `weights` [M] = 1 / masked patches
     of the same image. As in official DINOv2 the sum is divided by all `num_images`, masked or not.
     """
-    losses = soft_cross_entropy(_float(student), _float(teacher_probs), temperature)
+    losses = soft_cross_entropy(student, _float(teacher_probs), temperature)
     return (losses * weights).sum() / num_images
 
 
@@ -70,8 +74,52 @@ def koleo(cls: Tensor, gather: Callable[[Tensor], Tensor] = identity) -> Tensor:
 
 
 def soft_cross_entropy(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
-    """-sum_k targets * log softmax(logits / temperature) over the last axis; targets need not sum to 1."""
-    return -(targets * torch.log_softmax(logits / temperature, dim=-1)).sum(dim=-1)
+    """-sum_k targets * log softmax(logits / temperature) of every row [n, K]: [n]; targets need not sum to 1.
+
+    In fp32 or better, whatever the logits come in.
+    """
+    losses: Tensor = _SoftCrossEntropy.apply(logits, targets, temperature)
+    return losses
+
+
+_AT_ONCE = 1 << 18
+"""Numbers of a CPU's worth of rows: what is made of them stays in its cache."""
+
+
+class _SoftCrossEntropy(torch.autograd.Function):
+    """Its gradient, (softmax * sum of targets - targets) / temperature, is written out: only the inputs are kept."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
+        mass, log_sum, losses = [], [], []
+        for x, y in _parts(logits, targets):
+            scores = _float(x) / temperature
+            log_sum.append(torch.logsumexp(scores, dim=-1))
+            mass.append(y.sum(dim=-1))
+            losses.append(mass[-1] * log_sum[-1] - scores.mul_(y).sum(dim=-1))
+        ctx.temperature = temperature
+        ctx.save_for_backward(logits, targets, torch.cat(mass), torch.cat(log_sum))
+        return torch.cat(losses)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        logits, targets, mass, log_sum = ctx.saved_tensors
+        out = torch.empty_like(logits)
+        factor = grad / ctx.temperature
+        columns = (mass, log_sum, factor)
+        for x, y, made, m, s, f in _parts(logits, targets, out, *(c[:, None] for c in columns)):
+            slope = (_float(x) / ctx.temperature).sub_(s).exp_().mul_(m).sub_(y)
+            torch.mul(slope, f, out=made)
+        return out, None, None
+
+
+def _parts(logits: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The same rows of all: on a CPU a few at a time."""
+    count = len(logits)
+    if logits.device.type == "cpu":
+        count = max(1, _AT_ONCE // max(1, logits.shape[-1]))
+    return zip(*(torch.split(x, max(1, count)) for x in (logits, *others)), strict=True)
 
 
 def _float(x: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from cranium.dinov2 import centering, crops, draw, losses, masking
 from cranium.dinov2.centering import MovingCentre, Reduce, identity
 from cranium.dinov2.head import Head
+from cranium.models import packed
 from cranium.models.vit import Backbone
 
 
@@ -50,11 +51,16 @@ class StudentOutput(NamedTuple):
 
 
 class Student(nn.Module):
-    """Backbone and heads; one forward gives everything, so that data parallelism wraps just this."""
+    """Backbone and heads; one forward gives everything, so that data parallelism wraps just this.
 
-    def __init__(self, backbone: Backbone, spec: MethodSpec) -> None:
+    `tuned`: by `models/packed.py`; else view size by view size through `Backbone.forward`, with all its tokens. The
+    same numbers up to rounding.
+    """
+
+    def __init__(self, backbone: Backbone, spec: MethodSpec, *, tuned: bool = True) -> None:
         super().__init__()
         self.backbone = backbone
+        self.tuned = tuned
         shape = (backbone.embed_dim, spec.head_hidden, spec.head_bottleneck, spec.prototypes)
         self.dino_head = Head(*shape, unit_prototypes=spec.unit_prototypes)
         apart = spec.ibot_weight and not spec.shared_head
@@ -79,12 +85,10 @@ class Student(nn.Module):
         V*B rows.
         """
         views, batch = global_views.shape[:2]
-        tokens = self.backbone(global_views.flatten(0, 1), masks, global_keep)
-        cls, patches = tokens.cls, tokens.patches.flatten(0, 1)
-        patches = patches[:0] if masked is None else patches[masked]
-        local_cls = cls[:0]
-        if local_views is not None and len(local_views):
-            local_cls = self.backbone(local_views.flatten(0, 1), None, local_keep).cls
+        local_views = None if local_views is None or not len(local_views) else local_views
+        masked = torch.zeros(0, dtype=torch.int64, device=global_views.device) if masked is None else masked
+        embedded = self._packed if self.tuned else self._plain
+        cls, local_cls, patches = embedded(global_views, local_views, masks, masked, global_keep, local_keep)
         if self.ibot_head is None:
             joint = self.dino_head(torch.cat([cls, local_cls, patches]))
             logits, local_logits, masked_logits = joint.split([len(cls), len(local_cls), len(patches)])
@@ -99,6 +103,49 @@ class Student(nn.Module):
             masked_logits,
             cls.view(views, batch, -1),
         )
+
+    def _plain(
+        self,
+        global_views: Tensor,
+        local_views: Tensor | None,
+        masks: Tensor | None,
+        masked: Tensor,
+        global_keep: Tensor | None,
+        local_keep: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """CLS tokens of the global and the local views, and the masked patches' tokens."""
+        tokens = self.backbone(global_views.flatten(0, 1), masks, global_keep)
+        patches = tokens.patches.flatten(0, 1)[masked]
+        if local_views is None:
+            return tokens.cls, tokens.cls[:0], patches
+        return tokens.cls, self.backbone(local_views.flatten(0, 1), None, local_keep).cls, patches
+
+    def _packed(
+        self,
+        global_views: Tensor,
+        local_views: Tensor | None,
+        masks: Tensor | None,
+        masked: Tensor,
+        global_keep: Tensor | None,
+        local_keep: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The same, all at once."""
+        images, keep = [global_views.flatten(0, 1)], [global_keep]
+        if local_views is not None:
+            images.append(local_views.flatten(0, 1))
+            keep.append(local_keep)
+        starts, start = [], 0
+        prefix = int(self.backbone.vit.num_prefix_tokens)
+        for x in images:
+            length = prefix + self.backbone.num_patches(x.shape[-1])
+            starts.append(start + length * torch.arange(len(x), device=masked.device))
+            start += length * len(x)
+        patches = self.backbone.num_patches(images[0].shape[-1])
+        rows = starts[0][masked // patches] + prefix + masked % patches
+        counts = [len(images[0]), sum(len(x) for x in images[1:]), len(masked)]
+        tokens = packed.tokens(self.backbone, images, masks, keep, torch.cat([*starts, rows]))
+        cls, local_cls, hidden = torch.split(tokens, counts)
+        return cls, local_cls, hidden
 
 
 class DINOv2:
@@ -141,11 +188,33 @@ class DINOv2:
         over workers; `gather` concatenates rows over workers and is differentiable (see `losses.koleo`).
         `precision`: autocast of the networks only.
         """
-        spec, device = self.spec, stacks.device
-        params = crops.sample(
-            rows, step, seed, spec.crops, contrasts=stacks.shape[1], size=(stacks.shape[3], stacks.shape[4])
+        size = (stacks.shape[3], stacks.shape[4])
+        params = crops.sample(rows, step, seed, self.spec.crops, contrasts=stacks.shape[1], size=size)
+        return self.losses_of(
+            crops.apply(stacks, present, params, self.spec.crops),
+            rows,
+            step,
+            seed=seed,
+            teacher_temperature=teacher_temperature,
+            reduce=reduce,
+            gather=gather,
+            precision=precision,
         )
-        views = crops.apply(stacks, present, params, spec.crops)
+
+    def losses_of(
+        self,
+        views: tuple[Tensor, Tensor],
+        rows: draw.Rows,
+        step: int,
+        *,
+        seed: int,
+        teacher_temperature: float,
+        reduce: Reduce = identity,
+        gather: Callable[[Tensor], Tensor] = identity,
+        precision: torch.dtype | None = None,
+    ) -> dict[str, Tensor]:
+        """The `losses` of `views` that `crops.apply` made of these rows."""
+        spec, device = self.spec, views[0].device
         masks, masked, weights = self._masks(rows, step, seed, device)
         global_keep, local_keep = self._keep(rows, step, seed)
         with torch.autocast(device.type, precision or torch.bfloat16, enabled=precision is not None):

@@ -110,7 +110,7 @@ class Backbone(nn.Module):
         kept branch is divided by 1 - drop_path (stochastic depth, Huang et al., 2016). None keeps all and
         divides by nothing.
         """
-        x = self._blocks(self._embed(x, masks), range(self.num_blocks), keep)
+        x = self._blocks(self.embed(x, masks), range(self.num_blocks), keep)
         return self._tokens(x)
 
     def at_depths(self, x: Tensor, depths: Sequence[int], keep: Tensor | None = None) -> list[Tokens]:
@@ -123,20 +123,11 @@ class Backbone(nn.Module):
             or not 1 <= depths[0] <= depths[-1] <= self.num_blocks
         ):
             raise ValueError(f"depths must rise within 1 to {self.num_blocks}, got {list(depths)}")
-        x, found = self._embed(x, None), []
+        x, found = self.embed(x, None), []
         for first, last in itertools.pairwise((0, *depths)):
             x = self._blocks(x, range(first, last), keep)
             found.append(self._tokens(x))
         return found
-
-    def _embed(self, x: Tensor, masks: Tensor | None) -> Tensor:
-        x = (x - self.mean[:, None, None]) / self.std[:, None, None]
-        x = self.vit.patch_embed(x)
-        if masks is not None:
-            token = self.mask_token.to(x.dtype)
-            x = torch.where(masks.view(*x.shape[:3], 1), token, x)
-        embedded: Tensor = self.vit.norm_pre(self._with_positions(x))
-        return embedded
 
     def _blocks(self, x: Tensor, indices: range, keep: Tensor | None) -> Tensor:
         for index in indices:
@@ -149,6 +140,16 @@ class Backbone(nn.Module):
     def _tokens(self, x: Tensor) -> Tokens:
         x = self.vit.norm(x)
         return Tokens(x[:, 0], x[:, self.vit.num_prefix_tokens :])
+
+    def embed(self, x: Tensor, masks: Tensor | None = None) -> Tensor:
+        """Tokens [B, prefix + N, D] that enter the first block; `x` and `masks` as in `forward`."""
+        x = (x - self.mean[:, None, None]) / self.std[:, None, None]
+        x = self.vit.patch_embed(x)
+        if masks is not None:
+            token = self.mask_token.to(x.dtype)
+            x = torch.where(masks.view(*x.shape[:3], 1), token, x)
+        embedded: Tensor = self.vit.norm_pre(self._with_positions(x))
+        return embedded
 
     @property
     def num_prefix(self) -> int:
