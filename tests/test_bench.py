@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from cranium import bench, bench_rows, bench_stream, corpora
+from cranium import bench, bench_rows, bench_step, bench_stream, corpora
+from cranium.config import UserError
 from cranium.volume import shard
 
 
@@ -126,6 +128,60 @@ def test_the_benchmark_of_the_stream_runs_and_keeps_its_numbers(ray_cluster, tmp
     assert all(case["name"] in table for case in kept["measured"]) and any(
         "stacks/s" in line for line in said
     )
+
+
+STEPPER = """
+import json, sys, time
+print("noise of a library", file=sys.stderr)
+print(json.dumps({"torch": "0"}), flush=True)
+for line in sys.stdin:
+    time.sleep(float(sys.argv[1]) * int(line))
+    print(json.dumps({"loss": 1.0, "memory_mb": 2.0}), flush=True)
+"""
+
+
+@pytest.mark.parametrize("peers", [True, False])
+def test_steps_are_compared_between_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, peers: bool
+) -> None:
+    """Real processes, which only sleep: rates, targets, and what is said of a peer that is absent or broken."""
+    script = tmp_path / "stepper.py"
+    script.write_text(STEPPER)
+    python = [sys.executable, str(script)]
+    broken = [sys.executable, "-c", "raise ImportError('no such peer')"]
+    own = [
+        (bench_step.PLAIN, 2, "images", [*python, "0.04"], False),
+        (bench_step.TUNED, 2, "images", [*python, "0.02"], False),
+        (bench_step.SHIPPED, 2, "images", [*python, "0.02"], False),
+        (bench_step.CROPPING, bench_step.CROPS, "stacks", [*python, "0.01"], False),
+        (bench_step.PEAK, 500, "GFLOP", [*python, "0.02"], False),
+    ]
+    theirs = [
+        (bench_step.ALONE, 2, "images", [*python, "0.06"], True),
+        (bench_step.OFFICIAL, 2, "images", [*python, "0.05"], False),
+        (bench_step.LIGHTLY, 2, "images", broken, False),
+    ]
+    monkeypatch.setattr(bench_step, "_cases", lambda *asked: [*(theirs if peers else []), *own])
+    spec = bench_step.Spec(batch_size=2, precision="fp32", rounds=2, data=tmp_path)
+    result = bench_step.run(spec, lambda text: None)
+    rates = {case.name: case.per_second for case in result.measured}
+    assert 80 < rates[bench_step.TUNED] <= 100 and rates[bench_step.PLAIN] <= 50
+    targets = {target.name: target.value for target in result.targets}
+    assert ("tuned over official, same allocator" in targets) == peers
+    if peers:
+        assert targets["as shipped over official as it is"] == pytest.approx(3, rel=0.3)
+        assert "LightlyTrain: absent, its process ended with: ImportError: no such peer" in result.notes
+    else:
+        assert "official DINOv2: absent, not given (official=DIR peers=VENV)." in result.notes
+    assert targets["share of the matmul peak, tuned"] > 0
+
+
+def test_bf16_is_not_measured_where_it_is_made_in_software(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: False)
+    with pytest.raises(UserError, match="precision=fp32"):
+        bench_step.run(bench_step.Spec(data=tmp_path), lambda text: None)
 
 
 def test_ingest_is_measured_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,7 @@
 """How Cranium measures itself: cases run in rounds, CPU seconds of every process, ratios within one run.
 
 All cases are worked in turn, round by round, each warmed up before it is measured, so that neither a change of the
-machine's load nor the case before favours one. Medians are kept. `bench_stream` and `bench_ingest` say what is measured
+machine's load nor the case before favours one. Medians are kept. The modules `bench_*` say what is measured
 and what is asked of it.
 """
 
@@ -118,7 +118,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Result:
-    what: str  # stream | ingest
+    what: str  # stream | ingest | step
     command: str
     settings: Mapping[str, Any]
     machine: Mapping[str, Any]
