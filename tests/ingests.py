@@ -28,8 +28,7 @@ def in_turn(items: list[dict[str, Any]], work: Any, job: Any) -> Iterator[dict[s
     """What `ingest._on_ray` does, without Ray."""
     for item in items:
         row = ingest._guarded(item, work, job)
-        if row["errno"]:
-            raise OSError(row["errno"], "told by a task")
+        ingest._raise(row)
         yield row
 
 

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 import phantoms
-from cranium import cli, config, flow
+from cranium import cli, config, ending, flow
 from cranium.config import UserError
 from cranium.study import Study
 
@@ -170,6 +170,16 @@ def test_a_wrapped_user_error_is_found(
 
     _ends(monkeypatch, fail)
     assert _run("ingest", project, f"store={tmp_path / 'store'}") == 2
+
+
+def test_what_ray_wraps_is_said_without_its_traceback() -> None:
+    """Ray raises an error that is both its own and of the kind it wraps, with the traceback for its message."""
+    inner = UserError("LABEL", "no such label", 3)
+    both = UserError("LABEL", "ray::task() Traceback ...", 3)
+    both.cause = inner  # type: ignore[attr-defined]
+    outer = RuntimeError("the job failed")
+    outer.__cause__ = both
+    assert ending._user_error(outer) is inner
 
 
 def test_rejected_inputs_end_in_three(

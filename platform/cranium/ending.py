@@ -77,14 +77,17 @@ def _user_error(raised: BaseException) -> UserError | None:
     current: BaseException | None = raised
     while current is not None and id(current) not in seen:
         seen.add(id(current))
+        # Ray's wrapping: it may be a UserError too, with a traceback for its message.
+        if isinstance(wrapped := getattr(current, "cause", None), BaseException):
+            current = wrapped
+            continue
         if isinstance(current, UserError):
             return current
         if isinstance(current, OSError) and current.errno == 28:
             return UserError(
                 "NO_SPACE", f"the disk is full ({current.filename}); free some and run the same again", 1
             )
-        cause = getattr(current, "cause", None)
-        current = cause if isinstance(cause, BaseException) else current.__cause__ or current.__context__
+        current = current.__cause__ or current.__context__
     return None
 
 

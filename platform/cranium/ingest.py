@@ -358,16 +358,26 @@ def _on_ray(
     dataset = ray.data.from_items(items, override_num_blocks=blocks)
     done = dataset.map(_guarded, fn_args=(work, job), num_cpus=compute.cpus_per_worker, compute=tasks)
     for row in done.iter_rows():
-        if row["errno"]:
-            raise OSError(row["errno"], os.strerror(row["errno"]))
+        _raise(row)
         yield row
 
 
 def _guarded(row: dict[str, Any], work: Callable[..., dict[str, Any]], job: conform.Job) -> dict[str, Any]:
-    """A disk that takes no more is told as a value: Ray Data turns an exception into text, and its kind is lost."""
+    """What the user can mend is told as a value: Ray Data turns an exception into text, and its kind is lost."""
+    nothing = {"index": row["index"], "stacks": 0, "errno": 0, "refused": ""}
     try:
-        return {**work(row, job), "errno": 0}
+        return nothing | work(row, job)
+    except UserError as error:
+        return nothing | {"refused": json.dumps([error.code, str(error), error.exit_code])}
     except OSError as error:
         if error.errno not in FULL + REFUSED:
             raise
-        return {"index": row["index"], "stacks": 0, "errno": error.errno}
+        return nothing | {"errno": error.errno}
+
+
+def _raise(row: dict[str, Any]) -> None:
+    """Raise what a task told."""
+    if row["refused"]:
+        raise UserError(*json.loads(row["refused"]))
+    if row["errno"]:
+        raise OSError(row["errno"], os.strerror(row["errno"]))

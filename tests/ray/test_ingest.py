@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import phantoms
-from cranium import conform, ingest, shardset, store, trust
+from cranium import conform, ending, ingest, shardset, store, trust
 from cranium.cards import Card
 from cranium.config import Machine, UserError
 from cranium.store import Artefact
@@ -255,6 +255,27 @@ def test_a_disk_that_fills_in_a_task_is_said(ray_cluster: Any, machine: Machine)
 
 def _fill(row: dict[str, Any], job: Any) -> dict[str, Any]:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_what_a_task_refuses_is_said_as_it_was_raised(
+    ray_cluster: Any, machine: Machine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Code, mend and exit code of an error that a user can mend survive Ray's wrapping, on one line."""
+    job = conform.Job("phantom", machine.store, machine.store, SPEC)
+
+    def work() -> ending.Outcome:
+        return ending.Outcome(len(list(ingest._on_ray([{"index": 0}], _refuse, job))), {})
+
+    with pytest.raises(SystemExit) as ended:
+        ending.finish("ingest", work, as_json=False, debug=False)
+    assert ended.value.code == 2
+    assert (
+        capsys.readouterr().err.splitlines()[-1] == "error TEMPLATE: /data/t.nii cannot be used; give another"
+    )
+
+
+def _refuse(row: dict[str, Any], job: Any) -> dict[str, Any]:
+    raise UserError("TEMPLATE", "/data/t.nii cannot be used; give another")
 
 
 HOLD = """
