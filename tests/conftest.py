@@ -34,7 +34,7 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[cluster.Co
     """One private local cluster for the whole session; `cluster.connect` in the code under test joins it."""
     from cranium.cluster import ENVIRONMENT, LOCAL_ENVIRONMENT
 
-    os.environ.update({**LOCAL_ENVIRONMENT, **ENVIRONMENT, "RAY_AUTH_MODE": "disabled"})
+    os.environ.update({**ENVIRONMENT, **LOCAL_ENVIRONMENT, "RAY_AUTH_MODE": "disabled"})
     machine = Machine(store=tmp_path_factory.mktemp("cluster"))
     tests = str(ROOT / "tests")
     before = os.environ.get("PYTHONPATH")

@@ -118,6 +118,8 @@ def test_a_cohort_that_is_nowhere_or_not_ingested(project: Path, tmp_path: Path)
         early.returncode == 2 and "error NOT_INGESTED: " in early.stderr and "cranium ingest" in early.stderr
     )
     assert early.stderr.count("\n") == 1
+    again = _subprocess("pretrain", project, store, f"raw.phantom={raw}", "replay=00000001.json")
+    assert again.returncode == 2 and "error NOT_INGESTED: " in again.stderr, "replay is no key of the config"
     last = json.loads(early.stdout.splitlines()[-1])
     assert last["exit_code"] == 2 and last["error"] == "NOT_INGESTED"
 

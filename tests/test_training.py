@@ -134,7 +134,10 @@ def looped(
             folder, torch.device("cpu"), 1, corpus, stream.order(Stream(lanes=4, window=3), 8, 0), journal
         )
         batches = iter([dataclasses.replace(batch(), step=number) for number in range(8)])
-        captured = training._loop(spec, method, optimiser, batches, position, run)
+        captured = training._loop(
+            spec, method, optimiser, batches, position, run, clock := training.Stopwatch()
+        )
+    assert clock.spent["step"] > 0.9 * sum(clock.spent.values()) - clock.spent["data_wait"] > 0
     return captured, position, saved, [dict(e.metrics) for e in track.read_journal(folder / "journal")]
 
 

@@ -58,6 +58,19 @@ def read(path: Path) -> Capture:
         raise UserError("CAPTURE", f"{reason}; give a file of <run>/{FOLDER}/") from None
 
 
+def ended(run: str, path: Path) -> UserError:
+    """The error of a run that this captured step has ended."""
+    found = read(path)
+    return UserError(
+        "NOT_FINITE",
+        f"step {found.step} (seed {found.seed}) made {', '.join(found.wrong)} not finite; nothing of it entered the "
+        f"weights. Its rows are in {path}; the same command with replay={path} does the step again and says where it "
+        f"begins. To go on from here: pretrain.continue_from={run} with a lower pretrain.optimiser.lr, "
+        "pretrain.precision=fp32 or pretrain.nonfinite=skip",
+        exit_code=1,
+    )
+
+
 def rows(corpus: Corpus, order: plan.Order, step: int) -> Iterator[dict[str, Any]]:
     """Whose slices the global batch of a step is made of, in its order, from the plan and the shards' columns."""
     number, within = plan.locate(corpus.sessions, order, step)

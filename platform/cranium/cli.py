@@ -582,7 +582,7 @@ def predict(
 
 @app.command()
 def bench(
-    what: Annotated[str, typer.Argument(metavar="stream|ingest|step|sweep", help="which stage")],
+    what: Annotated[str, typer.Argument(metavar="stream|ingest|pretrain|step|sweep", help="which stage")],
     settings: Annotated[
         list[str] | None, typer.Argument(metavar="[key=value]...", help="rows= rounds= data= out= ...")
     ] = None,
@@ -612,12 +612,18 @@ def bench(
                 from cranium import bench_step
 
                 spec, result = measured(bench_step)
+            case "pretrain":
+                from cranium import bench_pretrain
+
+                spec, result = measured(bench_pretrain)
             case "sweep":
                 from cranium import bench_sweep
 
                 spec, result = measured(bench_sweep)
             case _:
-                raise UserError("USAGE", f"`{what}` has no benchmark; one of stream, ingest, step, sweep")
+                raise UserError(
+                    "USAGE", f"`{what}` has no benchmark; one of stream, ingest, pretrain, step, sweep"
+                )
         print(bench.table(result))
         if spec.out:
             bench.keep(result, spec.out)

@@ -41,6 +41,10 @@ LOCAL_ENVIRONMENT: Mapping[str, str] = {
     "RAY_AUTH_MODE": "token",  # Ray's own servers listen on every interface, whatever address they are given
     "RAY_AUTH_TOKEN": secrets.token_hex(32),  # of this process and its cluster alone
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    # Two processes less around every fit: nobody takes the node away, and the dashboard goes with the command.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "10",  # a head that died does not come back; not 60 s of waiting
     "RAY_worker_niceness": "0",  # on a private cluster the workers are the work; Ray would give them the last turn
 }
 JOB_ENVIRONMENT: Mapping[str, str] = {
@@ -103,9 +107,7 @@ def connect(machine: Machine, *, num_cpus: int | None = None) -> Iterator[Connec
     the local cluster; by default a small machine offers more than it has, because Train reserves its workers' share and
     Data works with what is left. Raises `UserError(NO_CLUSTER)` when nothing answers at the address.
     """
-    _set_environment(ENVIRONMENT)
-    if not machine.address:
-        _set_environment(LOCAL_ENVIRONMENT)
+    _set_environment({**ENVIRONMENT, **({} if machine.address else LOCAL_ENVIRONMENT)})
     import ray
 
     with _own_signals():

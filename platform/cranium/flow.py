@@ -188,6 +188,8 @@ def pretrain(study: Study, sets: Mapping[str, Artefact] | None = None) -> dict[s
             study.skipped(name)
         if made.done:
             results[init] = made
+            if fresh:
+                study.console.print(f"  {name}: {stage.spent(made)}", highlight=False, soft_wrap=True)
             for alarm in made.manifest()["alarms"]:
                 study.note(
                     f"{name}: {alarm['code']} from step {alarm['step']}: {alarm['seen']}; {alarm['mend']}"
@@ -514,7 +516,7 @@ def _to_embed(exp: Experiment) -> list[tuple[str, str, Adaptation | None]]:
                     frozen = init != "covariates" and FROZEN & set(exp.sweep.adaptations(task, init))
                     ways: tuple[Adaptation | None, ...] = (None,) if frozen else ()
                 case Segmentation():
-                    ways = exp.sweep.adaptations(task, init)
+                    ways = tuple(w for w in exp.sweep.adaptations(task, init) if w != "finetune")
             found += [(init, cohort, way) for cohort in (task.cohort, *task.external) for way in ways]
     return list(dict.fromkeys(found))
 

@@ -81,8 +81,8 @@ def pretrain(
         page = checkup.kept(made, exp, init, shard_sets)
         with page, _watched(made.path / JOURNAL, exp.pretrain.steps, progress), looks:
             found = fit(exp.pretrain, told, made.path)
-        if found["captured"]:
-            raise _not_finite(made, Path(found["captured"]))
+            if found["captured"]:
+                raise capture.ended(made.path.name, Path(found["captured"]))
         card = checkpoint.read_card(made.path)
         store.commit(
             made.path,
@@ -95,6 +95,7 @@ def pretrain(
                 "shard_sets": [shards.id for shards in shard_sets],
                 "start": found["source"],
                 "skipped": found["skipped"],
+                "loop": found["loop"],
                 "continued_from": exp.pretrain.continue_from,
                 "weights_sha256": store.sha256(made.path / checkpoint.BACKBONE),
                 "channels": card["channels"],
@@ -122,6 +123,18 @@ def payload(
         "preprocessing_hash": shard_sets[0].manifest()["preprocessing_hash"],
         "preprocessing": shard_sets[0].manifest().get("preprocessing"),
     }
+
+
+def spent(made: Artefact) -> str:
+    """Where the time of a finished run's last attempt went, in one line."""
+    manifest = made.manifest()
+    parts = dict(manifest["loop"])
+    steps = parts.pop("steps")
+    seconds = sum(parts.values())
+    shares = ", ".join(f"{name} {value / max(seconds, 1e-9):.1%}" for name, value in parts.items())
+    return (
+        f"{steps} steps in {seconds:.1f} s ({shares}), {manifest['seconds'] - seconds:.1f} s before and after"
+    )
 
 
 # ---- resuming --------------------------------------------------------------------------------------------------------
@@ -223,6 +236,7 @@ def fit(spec: Pretrain, told: dict[str, Any], folder: Path) -> dict[str, Any]:
                 if not left:
                     raise
                 print(f"the controller of the training died, and is started again: {death}", flush=True)
+                restart.tidy(folder)  # it may have died in the midst of its list
 
     try:
         result = _interruptible(until_it_lives, folder / STOP)
@@ -230,18 +244,6 @@ def fit(spec: Pretrain, told: dict[str, Any], folder: Path) -> dict[str, Any]:
         raise _explained(error) from error
     found: dict[str, Any] = result.return_value
     return found
-
-
-def _not_finite(made: Artefact, path: Path) -> UserError:
-    found = capture.read(path)
-    return UserError(
-        "NOT_FINITE",
-        f"step {found.step}: {', '.join(found.wrong)} (seed {found.seed}); nothing of it entered the weights. Its "
-        f"rows are in {path}; the same command with replay={path} does the step again and says where it begins. To go "
-        f"on from here: pretrain.continue_from={made.path.name} with a lower pretrain.optimiser.lr, "
-        "pretrain.precision=fp32 or pretrain.nonfinite=skip",
-        exit_code=1,
-    )
 
 
 def _interruptible(work: Callable[[], Any], stop: Path) -> Any:

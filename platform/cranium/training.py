@@ -7,6 +7,7 @@ the next ones aside while the steps go on. Asked to stop, or at a step that is n
 from __future__ import annotations
 
 import json
+import os
 import time
 import uuid
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from cranium import capture, checkpoint, corpora, monitor, restart, store, stream, track
+from cranium import capture, checkpoint, corpora, restart, store, stream, track
 from cranium.config import Crops, Experiment, Loss, Optimiser, Pretrain, fingerprint
 from cranium.dinov2 import anomaly, schedules
 from cranium.dinov2.crops import CropSpec
@@ -30,6 +31,8 @@ from cranium.volume import plan
 JOURNAL = "journal"
 START = "start.json"  # where the first weights came from and how they fitted
 STOP = "stop"  # a file in the run's folder: make a checkpoint and leave
+# Whether Ray looks for nodes that are about to be taken away; on a private cluster there are none.
+PREEMPTION = os.environ.get("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "1") != "0"
 MOST_SKIPPED = 5  # updates left out in a row; the next one that is not finite ends the run
 
 
@@ -95,12 +98,18 @@ def train_worker(payload: dict[str, Any]) -> dict[str, Any]:
     run = Run(folder, device, world, corpus, order, journal, card)
     if position.step == 0:
         _look(spec, method, run, 0)
-    captured = _loop(spec, method, optimiser, batches, position, run)
+    clock, begun = Stopwatch(), position.step
+    captured = _loop(spec, method, optimiser, batches, position, run, clock)
     if journal:
         journal.close()
     if journal and position.step == spec.steps:
         checkpoint.export(run.folder, method.teacher.backbone, card)
-    return {"source": asdict(source), "skipped": position.skipped, "captured": str(captured or "")}
+    return {
+        "source": asdict(source),
+        "skipped": position.skipped,
+        "captured": str(captured or ""),
+        "loop": {"steps": position.step - begun, **{part: round(s, 3) for part, s in clock.spent.items()}},
+    }
 
 
 @dataclass(frozen=True)
@@ -116,10 +125,30 @@ class Run:
     card: dict[str, Any] = field(default_factory=dict)  # of exported backbones
 
 
+PARTS = ("step", "first_batch", "data_wait", "checkpoint", "tracking", "monitor")
+
+
+class Stopwatch:
+    """Seconds of a loop by what they were spent on: a lap is what passed since the one before."""
+
+    def __init__(self) -> None:
+        self.spent = dict.fromkeys(PARTS, 0.0)
+        self._last = time.perf_counter()
+
+    def lap(self, part: str) -> float:
+        now = time.perf_counter()
+        seconds, self._last = now - self._last, now
+        self.spent[part] += seconds
+        return seconds
+
+
 def _look(spec: Pretrain, method: DINOv2, run: Run, done: int) -> None:
     """Leave the teacher to be looked at, where that is due."""
     looks = spec.compute.monitor
     if looks and run.journal and (done % looks.every == 0 or done == spec.steps):
+        # It brings SciPy and scikit-learn: seconds that a start without looks need not take.
+        from cranium import monitor
+
         monitor.leave(run.folder, done, method.teacher.backbone, run.card)
 
 
@@ -183,14 +212,14 @@ def _loop(
     batches: Iterator[stream.Batch],
     position: Position,
     run: Run,
+    clock: Stopwatch,
 ) -> Path | None:
     """Every step from the stream's first to its last, or until asked to stop; the capture of one that ended it."""
     schedule = rates(spec.optimiser, spec.loss, spec.steps, spec.batch_size)
     warned = False  # of a preemption: one checkpoint is made for it
-    saved = position.step
-    clock = time.perf_counter()
+    saved, waiting = position.step, "first_batch"
     for batch in batches:
-        waited = time.perf_counter() - clock
+        waited, waiting = clock.lap(waiting), "data_wait"
         now = schedule.at(batch.step)
         terms = update(spec, method, optimiser, batch, now)
         if not terms.finite:
@@ -204,8 +233,8 @@ def _loop(
             position.skipped += 1
         position.in_a_row = 0 if terms.finite else position.in_a_row + 1
         position.step = done = batch.step + 1
+        seconds = waited + clock.lap("step")
         if run.journal and (done % spec.compute.log_every == 0 or done == spec.steps or batch.step == 0):
-            seconds = time.perf_counter() - clock
             values = terms.metrics() | {
                 "train/lr": now.lr,
                 "train/weight_decay": now.weight_decay,
@@ -216,6 +245,7 @@ def _loop(
             values |= {"sys/data_wait_seconds": waited, "sys/data_wait_share": waited / seconds}
             values |= {"sys/stacks_per_second": spec.batch_size / seconds}
             run.journal.metrics(batch.step, values)
+        clock.lap("tracking")
         asked = _asked(run, done, spec)
         leaving, preempted = asked == "leave", asked == "save" and not warned
         warned = warned or preempted
@@ -223,10 +253,11 @@ def _loop(
             awaited = done == spec.steps or leaving or preempted
             restart.save(method, optimiser, position, run.journal is not None, awaited)
             saved = done
+        clock.lap("checkpoint")
         _look(spec, method, run, done)
+        clock.lap("monitor")
         if leaving:
-            return None
-        clock = time.perf_counter()
+            break
     return None
 
 
@@ -279,4 +310,6 @@ def _asked(run: Run, done: int, spec: Pretrain) -> Literal["leave", "save"] | No
         torch.distributed.all_reduce(leave, torch.distributed.ReduceOp.MAX)
     if leave.item():
         return "leave"
+    if not PREEMPTION:
+        return None
     return "save" if ray.train.get_preemption_info() is not None else None
