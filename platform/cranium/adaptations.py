@@ -51,11 +51,11 @@ def _crossed(ours: Sequence[Point], where: str) -> Table:
     for init in sorted({p.init for p in ours}, key=comparison.rank):
         of = {p.setting.adaptation: p for p in ours if p.init == init}
         if init in REFERENCES:
-            shown = [_value(next(iter(of.values()))), *[""] * (len(names) - 1)]
+            shown = [*[""] * len(names), _value(next(iter(of.values())))]
         else:
-            shown = [_value(of[name]) if name in of else "" for name in names]
+            shown = [*(_value(of[name]) if name in of else "" for name in names), ""]
         rows.append((init, *shown))
-    return Table(("init", *names), tuple(rows), f"AUROC: {where}")
+    return Table(("init", *names, "no backbone"), tuple(rows), f"AUROC: {where}")
 
 
 def _value(point: Point) -> str:
@@ -75,7 +75,7 @@ def _calibration(ours: Sequence[Point], where: str) -> Table:
         rows.append(
             (p.init, way, *(_mean([score(f.labels, f.probs) for f in folds]) for score in (ece, brier)))
         )
-    return Table(("init", "adaptation", "ECE", "Brier"), tuple(rows), f"calibration: {where}")
+    return Table(("init", "adaptation", "ECE", "Brier"), tuple(rows), f"Calibration: {where}")
 
 
 def _mean(values: Sequence[float | Undefined]) -> float | str:

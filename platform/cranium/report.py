@@ -275,7 +275,8 @@ def _facts(cohorts: Sequence[corpus.Cohort], cells: int) -> list[tuple[str, str]
 def _settings(found: Sequence[Point]) -> list[Setting]:
     """Ordinary folds before leave one group out."""
     return sorted(
-        {p.setting for p in found}, key=lambda s: (s[:3], s.scheme != "subject", s.scheme, s.adaptation)
+        {p.setting for p in found},
+        key=lambda s: (s[:3], s.scheme != "subject", s.scheme, comparison.cheapness(s.adaptation)),
     )
 
 

@@ -180,8 +180,11 @@ def between_adaptations(found: Sequence[Point], resamples: int = 2000) -> list[C
 
 
 def way(point: Point) -> int:
+    return cheapness(point.setting.adaptation)
+
+
+def cheapness(name: str) -> int:
     """Sort key: adaptations from the cheapest to the dearest."""
-    name = point.setting.adaptation
     return ADAPTATIONS.index(name) if name in ADAPTATIONS else len(ADAPTATIONS)
 
 
