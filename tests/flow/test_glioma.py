@@ -12,41 +12,13 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 from cranium import embed, ingest
-from cranium.cards import Card
 from cranium.config import Experiment, Machine
 from cranium.models.probe import fit_linear
 from cranium.volume import nifti, slices
 from cranium.volume.quality import Rejected
+from glioma import PATIENTS, card
 
 pytestmark = pytest.mark.flow
-PATIENTS = ("0003", "0004", "0005", "0006")
-
-
-def card() -> Card:
-    place = "brats_2013_pat{subject}_1/"
-    return Card.model_validate(
-        {
-            "name": "glioma",
-            "title": "Four glioma patients",
-            "access": "yours",
-            "licence": "CC BY-NC-SA 3.0 CH",
-            "citation": "Menze et al. 2015",
-            "role": "tests",
-            "contrasts": ["T1ce", "FLAIR"],
-            "segmentation": {"necrosis": [1], "oedema": [2], "nonenhancing": [3], "enhancing": [4]},
-            "layouts": [
-                {
-                    "files": {
-                        "T1ce": [place + "T1c_subtrMeanDivStd.nii.gz"],
-                        "FLAIR": [place + "Flair_subtrMeanDivStd.nii.gz"],
-                    },
-                    "mask": place + "brainmask.nii.gz",
-                    "segmentation": place + "OTMultiClass.nii.gz",
-                    "source": "https://github.com/deepmedic/deepmedic",
-                }
-            ],
-        }
-    )
 
 
 def tumour_per_slice(test_data: Path, sessions: pd.DataFrame) -> dict[tuple[str, int], float]:

@@ -12,7 +12,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from test_glioma import PATIENTS, card
+
+from glioma import PATIENTS, card
 
 pytestmark = pytest.mark.flow
 EXPERIMENT = {
