@@ -50,10 +50,11 @@ def measure(
     spec, compute = manifest["preprocessing"], exp.embed.compute
     along = float(spec["slice_spacing_mm"]) * int(spec["slices"]["every"])
     table = pd.read_parquet(shard_set.path / "sessions.parquet", columns=["subject", "session"])
-    parts = np.array_split(table, max(1, min(len(table), 4 * compute.num_workers)))
+    rows_of = np.array_split(np.arange(len(table)), max(1, min(len(table), 4 * compute.num_workers)))
+    parts = [table.iloc[some] for some in rows_of]
     task = ray.remote(num_cpus=compute.cpus_per_worker)(measured)
     arguments = (shard_set.path, manifest["channels"].index("T1w"), (along, *2 * [float(spec["spacing_mm"])]))
-    waiting = [task.remote(part, *arguments) for part in parts if len(part)]
+    waiting = [task.remote(part, *arguments) for part in parts]
     rows: list[pd.DataFrame] = []
     with store.lock(machine.store, made.id):
         made.path.mkdir(parents=True, exist_ok=True)
