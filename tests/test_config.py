@@ -50,7 +50,7 @@ def _load(tmp_path: Path, text: str, *overrides: str) -> Experiment:
         (TINY + TASKS.replace("label:", "lable:"), "CONFIG", "did you mean"),
         (TINY + TASKS.replace("regions: {all: [core]}", "regions: {all: [rim]}"), "CONFIG", "['rim']"),
         (
-            TINY + TASKS + "sweep: {init: [random], adaptation: [knn]}",
+            TINY + TASKS + "sweep: {init: [random], adaptation: [finetune]}",
             "CONFIG",
             "no way to learn a segmentation",
         ),

@@ -27,7 +27,7 @@ Adaptation = Literal["linear", "knn", "attention", "finetune", "lora", "conv"]
 # task -> what it can be learnt by from a backbone.
 ADAPTATIONS: Mapping[str, tuple[Adaptation, ...]] = {
     "classification": ("linear", "knn", "attention", "finetune", "lora"),
-    "segmentation": ("linear", "conv", "finetune"),
+    "segmentation": ("linear", "conv"),
 }
 # On features that are computed once; the others train a network from the pixels.
 FROZEN: frozenset[Adaptation] = frozenset({"linear", "knn", "attention"})
@@ -385,9 +385,6 @@ class Decoder(Frozen):
     # How many depths of the ViT, spread evenly, the last among them; None: 1 for linear, 4 for conv.
     depths: int | None = Field(None, ge=1)
     width: int = Field(64, ge=8)  # of conv
-    finetuned: Literal["linear", "conv"] = (
-        "conv"  # the decoder that `adaptation: finetune` trains with the backbone
-    )
     steps: int = Field(500, ge=1)
     batch_size: int = Field(16, ge=2)
     lr: float = Field(1e-3, gt=0)
@@ -395,15 +392,8 @@ class Decoder(Frozen):
     warmup: float = Field(0.05, ge=0, lt=1)  # share of the steps
     foreground: float = Field(0.5, gt=0, le=1)  # share of a batch drawn from slices that hold a class
 
-    def kind(self, adaptation: Adaptation) -> Literal["linear", "conv"]:
-        match adaptation:
-            case "linear" | "conv":
-                return adaptation
-            case _:
-                return self.finetuned
-
     def num_depths(self, adaptation: Adaptation) -> int:
-        return self.depths or {"linear": 1, "conv": 4}[self.kind(adaptation)]
+        return self.depths or (4 if adaptation == "conv" else 1)
 
 
 class Probe(Frozen):

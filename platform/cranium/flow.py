@@ -516,7 +516,7 @@ def _to_embed(exp: Experiment) -> list[tuple[str, str, Adaptation | None]]:
                     frozen = init != "covariates" and FROZEN & set(exp.sweep.adaptations(task, init))
                     ways: tuple[Adaptation | None, ...] = (None,) if frozen else ()
                 case Segmentation():
-                    ways = tuple(w for w in exp.sweep.adaptations(task, init) if w != "finetune")
+                    ways = exp.sweep.adaptations(task, init)
             found += [(init, cohort, way) for cohort in (task.cohort, *task.external) for way in ways]
     return list(dict.fromkeys(found))
 

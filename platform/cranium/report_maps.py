@@ -34,7 +34,6 @@ TEST = "test"
 HOW = {
     "linear": "linear decoder on frozen tokens",
     "conv": "convolutional decoder on frozen tokens",
-    "finetune": "decoder and backbone trained together",
 }
 RULE = (
     "Scores are in 3-D on the scan's own voxels, against the original label file. A prediction that is empty where "

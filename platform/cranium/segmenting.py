@@ -192,7 +192,7 @@ def build(spec: Decoder, cell: Cell, task: Segmentation, *, dim: int, num_depths
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cell.seed)
         return decoders.build(
-            spec.kind(cell.adaptation),
+            "conv" if cell.adaptation == "conv" else "linear",
             dim=dim,
             num_depths=num_depths,
             num_classes=len(task.classes) + 1,

@@ -31,7 +31,6 @@ from cranium.config import (
     Segmentation,
     Sweep,
     Task,
-    UserError,
     fingerprint,
 )
 from cranium.store import Artefact
@@ -188,8 +187,6 @@ def _segmentation(
     label_files: Mapping[str, segmenting.LabelFiles],
 ) -> segmenting.Work:
     assert exp.adapt
-    if cell.adaptation == "finetune":
-        raise UserError("NOT_YET", "sweep.adaptation: a segmentation cannot be fine-tuned yet; drop finetune")
     cohorts = [
         segmenting.Cohort(
             name, shard_sets[name].path, features[cell.init, name, cell.adaptation].path, label_files[name]
