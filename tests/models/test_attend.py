@@ -41,10 +41,11 @@ def test_it_finds_the_slice_that_a_mean_hides() -> None:
     assert probe.chosen_by.startswith("log-loss over 3 inner folds") and probe.steps % 20 == 0
 
 
-def test_labels_of_noise_get_few_steps() -> None:
+def test_labels_of_noise_get_few_steps_or_a_strong_decay() -> None:
     rng = np.random.default_rng(0)
-    bags = Bags(rng.normal(size=(24 * 4, 40)), np.repeat(np.arange(24), 4))
-    assert fitted(bags, np.arange(24) % 2, folds=4).steps == 20  # fitting noise longer is worse held out
+    bags, labels = Bags(rng.normal(size=(24 * 4, 40)), np.repeat(np.arange(24), 4)), np.arange(24) % 2
+    assert fitted(bags, labels, folds=4, weight_decays=(0.01,)).steps == 20  # more steps fit more noise
+    assert fitted(bags, labels, folds=4).weight_decay == 1.0
 
 
 def test_the_same_call_gives_the_same_probe() -> None:

@@ -47,10 +47,10 @@ def test_one_subject_in_a_class_falls_back_to_the_middle_and_says_so() -> None:
     assert fitted.chosen_by.startswith("the middle of the grid: a class has 1 subject(s)")
 
 
-def test_a_family_counts_once_and_never_straddles_inner_folds() -> None:
+def test_a_family_counts_once_and_never_straddlesinner_folds() -> None:
     labels = np.array([0, 0, 0, 1, 1, 1, 0, 1])
     groups = np.array(["a", "a", "a", "b", "b", "b", "c", "d"])
-    for train, test in probe._inner_folds(labels, groups, 2, 0):
+    for train, test in probe.inner_folds(labels, groups, 2, 0):
         assert not set(groups[train]) & set(groups[test])
     one_family = np.array(["a", "a", "a", "b", "b", "b", "a", "d"])
     features, _ = _blobs(4, 2, 0.1)
