@@ -211,7 +211,8 @@ def test_a_file_of_the_same_size_makes_a_version(
         session for session in rows(new) if not np.array_equal(rows(new)[session], rows(old)[session])
     }
     assert new.id != old.id and read == [other[0]] and trust.verify(new) == []
-    assert new.manifest()["reused"] == {"from": old.id, "sessions": 6, "shards": 1}
+    reused = new.manifest()["reused"]  # of `old`, or of the set of the plain `home`, which shares as much
+    assert (reused["sessions"], reused["shards"]) == (6, 1)
     found, read = again(home, monkeypatch, spec)
     assert found.id == new.id and read == []
     file.write_bytes(before)

@@ -45,8 +45,7 @@ def run(spec: Spec, say: Callable[[str], None]) -> bench.Result:
     shutil.rmtree(folder, ignore_errors=True)
     own = Machine(store=folder)
     exp = experiment(spec)
-    sets = {COHORT: _shard_set(folder, spec)}
-    features: dict[tuple[str, ...], Artefact] = {("random", COHORT): _features(folder, spec)}
+    sets, features = generated(folder, spec)
     study = Study(exp, own, {}, Console(quiet=True))
     grid = sweep.declare(exp, own, sets, features)
     alone = grid.works[:: max(1, len(grid.works) // 100)]  # some of every fraction
@@ -107,7 +106,13 @@ def _targets(measured: Mapping[str, bench.Measured]) -> list[bench.Target]:
 
 
 def experiment(spec: Spec) -> Experiment:
-    task = {"name": "bench", "cohort": COHORT, "label": "label", "classes": ["a", "b"]}
+    task = {
+        "task": "classification",
+        "name": "bench",
+        "cohort": COHORT,
+        "label": "label",
+        "classes": ["a", "b"],
+    }
     grid = {
         "init": ["random"],
         "label_fractions": FRACTIONS,
@@ -119,6 +124,11 @@ def experiment(spec: Spec) -> Experiment:
     return Experiment.model_validate(plain)
 
 
+def generated(folder: Path, spec: Spec) -> tuple[dict[str, Artefact], dict[tuple[str, ...], Artefact]]:
+    """A cohort and its features in the store `folder`, as a sweep takes them."""
+    return {COHORT: _shard_set(folder, spec)}, {("random", COHORT): _features(folder, spec)}
+
+
 def _subjects(spec: Spec) -> list[str]:
     return [f"{n:05d}" for n in range(spec.subjects)]
 
@@ -126,6 +136,8 @@ def _subjects(spec: Spec) -> list[str]:
 def _shard_set(folder: Path, spec: Spec) -> Artefact:
     """Manifest and sessions of a cohort whose stacks nobody will read."""
     made = Artefact(folder / "ingest" / "bench-sweep")
+    if made.done:
+        return made
     made.path.mkdir(parents=True)
     names = _subjects(spec)
     rng = np.random.default_rng(0)
@@ -155,6 +167,8 @@ def _shard_set(folder: Path, spec: Spec) -> Artefact:
 
 def _features(folder: Path, spec: Spec) -> Artefact:
     made = Artefact(folder / "embed" / "bench-sweep")
+    if made.done:
+        return made
     made.path.mkdir(parents=True)
     rng = np.random.default_rng(0)
     names = np.repeat(_subjects(spec), SLICES)

@@ -128,8 +128,9 @@ def pretrained(study: Study, init: str, made: Artefact, fresh: bool) -> None:
         for folder in JOURNALS:
             tracker.replay(run, made.path / folder)
         tracker.log(run, {"sys/seconds": made.manifest()["seconds"]}, _start_tags(made))
-        tracker.artefact(run, made.path / "resolved.yaml")
-        tracker.artefact(run, made.path / checkup.PAGE)
+        for name in ("resolved.yaml", checkup.PAGE):
+            if (made.path / name).is_file():  # a page that could not be drawn costs nothing else
+                tracker.artefact(run, made.path / name)
         tracker.finish(run)
         store.write_atomic(_mark(study, made), json.dumps({"run": run}))
 
