@@ -117,15 +117,18 @@ def _canonical(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def test_the_readme_tree_is_the_tree() -> None:
-    """A fenced block ```text whose lines are `path  description`: every path exists, every module is there."""
-    readme = ROOT / "README.md"
-    blocks = re.findall(r"```text\n(.*?)```", readme.read_text(), re.S)
-    listed = [
+def _listed(page: str) -> list[str]:
+    """Paths of the lines `path  description` in the blocks ```text of a page."""
+    blocks = re.findall(r"```text\n(.*?)```", (ROOT / page).read_text(), re.S)
+    return [
         line.split()[0] for block in blocks for line in block.splitlines() if re.match(r"\S+ {2,}\S", line)
     ]
-    assert listed, "the README shows the tree in a ```text block"
-    assert [path for path in listed if not (ROOT / path).exists()] == []
+
+
+def test_the_trees_of_the_pages_are_the_tree() -> None:
+    """Every path they show exists, and every module has its line in CONTRIBUTING."""
+    listed = _listed("CONTRIBUTING.md")
+    assert [path for path in [*_listed("README.md"), *listed] if not (ROOT / path).exists()] == []
     folders = {
         f"{p.relative_to(ROOT)}" for p in PACKAGE.iterdir() if p.is_dir() and (p / "__init__.py").exists()
     }
