@@ -9,6 +9,7 @@ import math
 import re
 import time
 from base64 import b64decode
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,13 @@ def test_a_healthy_run_is_called_so_and_its_tables_are_the_journal(healthy: Cour
     assert [row["step"] for row in probes] == ["0", "100", "200", "400"]
     before = page.read_text()
     assert checkup.write(found).read_text() == before
+
+
+def test_a_skipped_step_at_the_end_has_no_loss_to_show(tmp_path: Path) -> None:
+    found = courses.course(tmp_path)
+    last = found.entries[-1]
+    found.entries.append(replace(last, step=last.step + 1, metrics={"train/skipped": 1.0}))
+    assert dict(checkup._facts(found))["loss"] == f"{last.metrics['train/loss']:.2f}"
 
 
 def test_only_settings_that_differ_are_listed(healthy: Course) -> None:

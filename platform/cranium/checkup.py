@@ -173,10 +173,11 @@ def _facts(found: Course) -> list[tuple[str, str]]:
     rate, wait = found.median("sys/stacks_per_second"), found.median("sys/data_wait_share")
     rows = sum(int(shards.manifest()["counts"]["stacks"]) for shards in found.shard_sets)
     seen = found.done * found.spec.batch_size
+    losses = [entry.metrics["train/loss"] for entry in found.entries if "train/loss" in entry.metrics]
     facts = [
         ("stacks seen", f"{seen:,}"),
         ("passes", f"{seen / rows:.1f}"),
-        ("loss", f"{found.entries[-1].metrics['train/loss']:.2f}" if found.entries else NONE),
+        ("loss", f"{losses[-1]:.2f}" if losses else NONE),  # a step that was skipped has none
         ("stacks a second", (f"{rate:,.0f}" if rate >= 10 else f"{rate:.1f}") if rate else NONE),
         ("waiting for data", f"{wait:.1%}" if wait is not None else NONE),
         ("restarts", f"{len(found.resumes)}"),
