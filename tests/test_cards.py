@@ -10,7 +10,7 @@ import pytest
 import trees
 from cranium import cohort
 from cranium.cards import Card, load_card
-from cranium.config import share
+from cranium.reading import share
 
 COHORTS = (
     "oasis3", "nacc", "adni", "brats2020", "nifd", "upenn_gbm", "habs", "ucsf_pdgm", "burdenko_gbm", "aibl",

@@ -276,9 +276,9 @@ def test_the_load_report_stands_in_mlflow(tmp_path: Path, mlflow_db: str):
     """Every field of `Source`, as tags of the pretraining's run."""
     from rich.console import Console
 
-    from cranium import config, recording, track
+    from cranium import config, reading, recording, track
 
-    exp = config.load_experiment(Path(__file__).parents[1] / "experiments/demo.yaml")
+    exp = reading.load_experiment(Path(__file__).parents[1] / "experiments/demo.yaml")
     made = _finished(tmp_path, "scratch-vit_tiny_patch14-ab12cd34", 3)
     _, source = checkpoint.load_backbone("run:ab12cd34", **TINY, pretrained=made)
     store.commit(made.path, {"stage": "pretrain", "start": asdict(source), "seconds": 1.0})
@@ -296,15 +296,15 @@ def test_the_load_report_stands_in_mlflow(tmp_path: Path, mlflow_db: str):
 def test_a_run_that_saw_undeclared_cohorts_is_refused(tmp_path: Path):
     from rich.console import Console
 
-    from cranium import config, flow
+    from cranium import config, inventory, reading
 
-    exp = config.load_experiment(Path(__file__).parents[1] / "experiments/demo.yaml")
+    exp = reading.load_experiment(Path(__file__).parents[1] / "experiments/demo.yaml")
     made = _finished(tmp_path, "scratch-vit_tiny_patch14-ab12cd34", 3)
     study = Study(exp, config.Machine(store=tmp_path), {}, Console(quiet=True))
     store.commit(made.path, {"stage": "pretrain", "cohorts": ["demo_ssl"]})
-    assert flow._weights(study, "run:ab12cd34", {}) == made
+    assert inventory.weights(study, "run:ab12cd34", {}) == made
     store.commit(made.path, {"stage": "pretrain", "cohorts": ["demo_ssl", "adni"]})
     with pytest.raises(UserError, match="adni") as refused:
-        flow._weights(study, "run:ab12cd34", {})
+        inventory.weights(study, "run:ab12cd34", {})
     assert refused.value.code == "LEAKAGE"
-    assert flow._weights(study, "dinov2", {}) is None
+    assert inventory.weights(study, "dinov2", {}) is None

@@ -14,9 +14,10 @@ import pytest
 import yaml
 
 import phantoms
-from cranium import cli, config, ending, flow
+from cranium import cli, config, ending, flow, reading
 from cranium.config import UserError
 from cranium.study import Study
+from cranium.target import read_target
 
 ROOT = Path(__file__).parents[1]
 DEMO = str(ROOT / "experiments" / "demo.yaml")
@@ -228,7 +229,7 @@ def test_show_prints_what_it_will_cost(capsys: pytest.CaptureFixture[str]) -> No
     shown = yaml.safe_load(printed[: printed.rindex("# hash")].split("\n# ")[0])
     assert shown["pretrain"]["steps"] == 100
     facts = json.loads(printed.splitlines()[-1])
-    exp = config.load_experiment(Path(DEMO), ["pretrain.steps=100", "sweep.folds=3"])
+    exp = reading.load_experiment(Path(DEMO), ["pretrain.steps=100", "sweep.folds=3"])
     assert facts["hash"] == config.fingerprint(exp) and exp.pretrain and exp.sweep and exp.adapt
     assert facts["steps"] == 100 * len(exp.pretrain.inits)
     each = len(exp.adapt.tasks) * len(exp.sweep.init) * len(exp.sweep.label_fractions) * len(exp.sweep.seeds)
@@ -237,16 +238,16 @@ def test_show_prints_what_it_will_cost(capsys: pytest.CaptureFixture[str]) -> No
 
 def test_a_card_is_a_small_experiment(project: Path) -> None:
     card = project.parent / "datasets" / "phantom.yaml"
-    target = cli.read_target(card, ["raw=/data", "ingest.size=56", "store=/s"])
+    target = read_target(card, ["raw=/data", "ingest.size=56", "store=/s"])
     assert target.exp.ingest.cohorts == ("phantom",) and target.exp.ingest.size == 56
     assert target.machine.raw == {"phantom": Path("/data")} and target.machine.store == Path("/s")
 
 
 def test_a_resolved_config_reads_back_the_same(tmp_path: Path) -> None:
     """What `submit` ships and artefacts keep is the very experiment."""
-    exp = config.load_experiment(Path(DEMO), ["pretrain.optimiser.lr=3e-4"])
+    exp = reading.load_experiment(Path(DEMO), ["pretrain.optimiser.lr=3e-4"])
     (tmp_path / "experiment.yaml").write_text(config.to_yaml(exp))
-    assert config.load_experiment(tmp_path / "experiment.yaml") == exp
+    assert reading.load_experiment(tmp_path / "experiment.yaml") == exp
 
 
 def test_check_names_each_bad_file(

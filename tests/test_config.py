@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import phantoms
-from cranium import config
+from cranium import config, reading
 from cranium.cards import load_card
 from cranium.config import Experiment, UserError
 
@@ -26,7 +26,7 @@ TASKS = DETECT + (
 def _load(tmp_path: Path, text: str, *overrides: str) -> Experiment:
     path = tmp_path / "tiny.yaml"
     path.write_text(text)
-    return config.load_experiment(path, overrides)
+    return reading.load_experiment(path, overrides)
 
 
 @pytest.mark.parametrize(
@@ -121,23 +121,23 @@ def test_nan_has_no_identity() -> None:
 
 def test_machine_facts_come_from_settings_then_variables(tmp_path: Path) -> None:
     environ = {"CRANIUM_STORE": "/from/env", "CRANIUM_RAW_ADNI": "/adni", "CRANIUM_TRACKING_URI": "http://x"}
-    machine = config.load_machine(["store=/given", "raw.oasis3=/oasis"], environ)
+    machine = reading.load_machine(["store=/given", "raw.oasis3=/oasis"], environ)
     assert machine.store == Path("/given") and machine.tracking == "http://x"
     assert machine.raw == {"adni": Path("/adni"), "oasis3": Path("/oasis")}
-    assert config.load_machine([], {"CRANIUM_STORE": "/s"}).tracking == "sqlite:////s/mlflow.db"
-    assert config.load_machine(["store=here"], {}).store.is_absolute()
+    assert reading.load_machine([], {"CRANIUM_STORE": "/s"}).tracking == "sqlite:////s/mlflow.db"
+    assert reading.load_machine(["store=here"], {}).store.is_absolute()
     with pytest.raises(UserError, match="file system"):
-        config.load_machine(["store=s3://bucket/x"], {})
+        reading.load_machine(["store=s3://bucket/x"], {})
 
 
 def test_shards_may_lie_in_an_object_store() -> None:
-    assert config.load_machine([], {}).shards is None
-    assert config.load_machine(["shards=s3://bucket/lab/"], {}).shards == "s3://bucket/lab"
-    assert config.load_machine([], {"CRANIUM_SHARDS": "s3://bucket"}).shards == "s3://bucket"
-    assert config.load_machine(["shards=there"], {}).shards == str(Path("there").absolute())
+    assert reading.load_machine([], {}).shards is None
+    assert reading.load_machine(["shards=s3://bucket/lab/"], {}).shards == "s3://bucket/lab"
+    assert reading.load_machine([], {"CRANIUM_SHARDS": "s3://bucket"}).shards == "s3://bucket"
+    assert reading.load_machine(["shards=there"], {}).shards == str(Path("there").absolute())
     for wrong in ("gs://bucket", "s3://", "s3:///x", "s3://key:secret@bucket/x"):
         with pytest.raises(UserError) as refused:
-            config.load_machine([f"shards={wrong}"], {})
+            reading.load_machine([f"shards={wrong}"], {})
         message = str(refused.value)
         assert refused.value.code == "CONFIG" and "shards" in message and "secret" not in message
 

@@ -6,23 +6,24 @@ from pathlib import Path
 
 import pytest
 
-from cranium import cli, config
+from cranium import config, costs, reading
 from cranium.cards import load_card
 from cranium.config import Experiment
+from cranium.target import read_target
 
 FOLDER = Path(__file__).parents[1] / "experiments" / "pretrain"
 PRESETS = sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
 def preset(name: str) -> Experiment:
-    return cli.read_target(FOLDER / f"{name}.yaml", []).exp
+    return read_target(FOLDER / f"{name}.yaml", []).exp
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_states_the_cost_that_its_shapes_have(name: str) -> None:
     exp = preset(name)
     assert exp.name == name
-    assert str(cli.pretraining_cost(exp)) in exp.cost
+    assert str(costs.pretraining(exp)) in exp.cost
 
 
 @pytest.mark.parametrize("size", ["s", "b", "l"])
@@ -45,9 +46,9 @@ def test_there_is_each_size_from_scratch_and_continued(size: str) -> None:
 
 
 def test_show_says_steps_images_operations_and_hours() -> None:
-    facts = cli._cost(preset("vits14_brainfound_clean"))
+    facts = costs.estimate(preset("vits14_brainfound_clean"))
     assert facts["steps"] == 60_000 and facts["stacks seen"] == 60_000 * 256
-    each = cli.pretraining_cost(preset("vits14_brainfound_clean"))
+    each = costs.pretraining(preset("vits14_brainfound_clean"))
     assert facts["FLOPs"].startswith(f"{2 * each.flops:.2e} (157 GFLOPs")  # 16,384 prototypes: 166 at 65,536
     assert (
         "A100" in facts["GPU-hours"]
@@ -58,7 +59,7 @@ def test_show_says_steps_images_operations_and_hours() -> None:
 
 def test_pretraining_on_blank_slices_is_refused() -> None:
     with pytest.raises(config.UserError, match="min_brain"):
-        config.load_experiment(FOLDER / "vits14_scratch.yaml", ["ingest.min_brain=0"])
+        reading.load_experiment(FOLDER / "vits14_scratch.yaml", ["ingest.min_brain=0"])
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from cranium import cli, config
+from cranium import cli, reading
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "platform" / "cranium"
@@ -63,7 +63,7 @@ def test_every_base_is_used() -> None:
     bases = set((ROOT / "experiments").rglob("base/*.yaml"))
     used = set()
     for path in (ROOT / "experiments").rglob("*.yaml"):
-        if base := config.read_yaml(path).get("base"):
+        if base := reading.read_yaml(path).get("base"):
             used.add((path.parent / base).resolve())
     assert bases <= used
 

@@ -20,7 +20,8 @@ from typing import Any
 
 from pydantic import Field, field_validator
 
-from cranium.config import Frozen, load_machine
+from cranium.config import Frozen
+from cranium.reading import load_machine
 from cranium.store import write_atomic
 from cranium.watch import repeatedly
 

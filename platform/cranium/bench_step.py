@@ -23,8 +23,9 @@ import torch
 from pydantic import Field
 
 from cranium import bench
-from cranium.config import UserError, share
+from cranium.config import UserError
 from cranium.dinov2 import cost, masking
+from cranium.reading import share
 
 ARCH, PATCHES, GLOBAL, LOCAL = "vit_small_patch14_dinov2", 256, 2, 8
 PEAK_FLOPS = 40 * 2 * 2048**3

@@ -13,7 +13,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from cranium.config import NAME, Contrast, Frozen, UserError, share, validated, with_base
+from cranium.config import NAME, Contrast, Frozen, UserError
+from cranium.reading import share, validated, with_base
 
 # One, or a list.
 Several = Annotated[tuple[str, ...], BeforeValidator(lambda v: (v,) if isinstance(v, str) else v)]

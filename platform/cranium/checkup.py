@@ -18,12 +18,13 @@ from pathlib import Path
 
 import cranium
 from cranium import monitor, store, track
-from cranium.config import Experiment, Pretrain, Stream, UserError, share, to_yaml
+from cranium.config import Experiment, Pretrain, Stream, UserError, to_yaml
 from cranium.course import Course, limits, plan
 from cranium.dinov2 import health
 from cranium.figures import page
 from cranium.figures.health import Vitals, sections, with_tables
 from cranium.figures.page import Section, Table
+from cranium.reading import share
 from cranium.store import Artefact
 from cranium.watch import repeatedly
 

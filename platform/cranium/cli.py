@@ -12,19 +12,17 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from cranium import config
-from cranium.cards import Card, load_card
-from cranium.config import Experiment, Machine, UserError
+from cranium import config, reading
+from cranium.config import UserError
 from cranium.ending import Outcome, finish
+from cranium.target import labels_exist, parted, read_target
 
 if TYPE_CHECKING:
-    from cranium.dinov2.cost import Cost
     from cranium.study import Study
 
 app = typer.Typer(
@@ -41,41 +39,6 @@ Settings = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="print one last line of JSON")]
 Debug = Annotated[bool, typer.Option("--debug", help="show tracebacks")]
-
-
-@dataclass(frozen=True)
-class Target:
-    """What a command is about: an experiment with its cards, and where it happens."""
-
-    path: Path
-    exp: Experiment
-    cards: dict[str, Card]
-    machine: Machine
-
-
-def read_target(path: Path, settings: Sequence[str] | None) -> Target:
-    """Read an experiment, or make a small one of a cohort's card: `ingest datasets/adni.yaml raw=DIR`."""
-    settings, path = list(settings or ()), _shipped(path)
-    content = config.read_yaml(path)
-    if "layouts" in content or "access" in content:
-        card = load_card(path)
-        settings = [
-            f"raw.{card.name}={s.removeprefix('raw=')}" if s.startswith("raw=") else s for s in settings
-        ]
-        facts, keys = _parted(settings)
-        return Target(
-            path, config.experiment_of(card.name, keys), {card.name: card}, config.load_machine(facts)
-        )
-    facts, keys = _parted(settings)
-    exp = config.load_experiment(path, keys)
-    folder = config.share(path) / "datasets"
-    cards = {name: load_card(name, folder) for name in exp.ingest.cohorts}
-    return Target(path, exp, cards, config.load_machine(facts))
-
-
-def _parted(settings: Sequence[str]) -> tuple[list[str], list[str]]:
-    facts = [s for s in settings if config.is_machine_key(s)]
-    return facts, [s for s in settings if not config.is_machine_key(s)]
 
 
 # ---- verbs ----------------------------------------------------------------------------------------------------------
@@ -203,47 +166,11 @@ def submit(
     def work() -> Outcome:
         if verb not in SUBMITTED:
             raise UserError("USAGE", f"`{verb}` can't be submitted; one of {', '.join(SUBMITTED)}")
-        return _submitted(verb, read_target(file, settings))
+        from cranium import jobs
+
+        return jobs.submit(verb, read_target(file, settings))
 
     finish("submit", work, json, debug)
-
-
-def _submitted(verb: str, target: Target) -> Outcome:
-    from cranium import cluster
-
-    machine = target.machine
-    address = _jobs_address(machine)
-    facts = machine.model_dump(mode="json", exclude={"address", "raw"}, exclude_none=True)
-    arguments = ["experiment.yaml", *(f"{key}={value}" for key, value in facts.items())]
-    arguments += [f"raw.{cohort}={folder.absolute()}" for cohort, folder in machine.raw.items()]
-    files = {
-        f"cranium/share/datasets/{name}.yaml": config.to_yaml(card) for name, card in target.cards.items()
-    }
-    files["experiment.yaml"] = config.to_yaml(target.exp)
-    key = config.fingerprint({"exp": target.exp, "cards": target.cards, "store": machine.store})
-    job, fresh = cluster.submit(address, target.exp.name, verb, key, [*arguments, "--json"], files)
-    print(
-        f"{'submitted' if fresh else 'already under way:'} {job.id}  (Ctrl-C leaves it running)", flush=True
-    )
-    return _followed(address, job.id)
-
-
-def _followed(address: str, job_id: str) -> Outcome:
-    from cranium import cluster
-
-    try:
-        job = cluster.follow(address, job_id, lambda text: print(text, end="", flush=True))
-    except KeyboardInterrupt:
-        print(
-            f"left {job_id} running; `cranium logs {job_id} address={address}` follows it, `cranium stop` ends it"
-        )
-        raise
-    code = job.exit_code if job.exit_code is not None else 143 if job.status == "STOPPED" else 1
-    code = 128 - code if code < 0 else code  # killed by a signal: as a shell says it
-    if job.exit_code is None and job.status == "FAILED":
-        raise UserError("JOB", f"{job_id} failed before its command began: {job.message}", 1)
-    print(f"{job_id} {job.status.lower()} with exit code {code}")
-    return Outcome(code, {"job": job_id, "status": job.status})
 
 
 @app.command()
@@ -251,23 +178,23 @@ def status(file: Yaml, settings: Settings = None, json: Json = False, debug: Deb
     """What is done, and the jobs at address=."""
 
     def work() -> Outcome:
-        from cranium import cluster, flow
+        from cranium import cluster, inventory, jobs
 
         target = read_target(file, settings)
-        found = flow.status(target.exp, target.machine)
+        found = inventory.status(target.exp, target.machine)
         for stage, name, state in found:
             print(f"{stage:<9} {name:<48} {state}")
         if not found:
             print(f"nothing of {target.exp.name} is made yet in {target.machine.store}")
-        jobs = []
+        known = []
         if target.machine.address:
-            jobs = cluster.jobs(_jobs_address(target.machine), f"{cluster.OURS}{target.exp.name}-")
-            for job in jobs:
+            known = cluster.jobs(jobs.address_of(target.machine), f"{cluster.OURS}{target.exp.name}-")
+            for job in known:
                 print(
                     f"job       {job.id:<48} {job.status.lower()} {'' if job.exit_code is None else job.exit_code}"
                 )
         made = [{"stage": stage, "name": name, "state": state} for stage, name, state in found]
-        return Outcome(0, {"made": made, "jobs": [vars(job) for job in jobs]})
+        return Outcome(0, {"made": made, "jobs": [vars(job) for job in known]})
 
     finish("status", work, json, debug)
 
@@ -284,8 +211,10 @@ def logs(
     """The log of a job, followed while it runs."""
 
     def work() -> Outcome:
-        address, job_id = _job_named(job, settings)
-        return _followed(address, job_id)
+        from cranium import jobs
+
+        address, job_id = jobs.named(job, settings)
+        return jobs.follow(address, job_id)
 
     finish("logs", work, json, debug)
 
@@ -302,9 +231,9 @@ def stop(
     """End a job; `resume` goes on from there."""
 
     def work() -> Outcome:
-        from cranium import cluster
+        from cranium import cluster, jobs
 
-        address, job_id = _job_named(job, settings)
+        address, job_id = jobs.named(job, settings)
         ended = cluster.stop(address, job_id)
         print(f"{job_id} {ended.status.lower()}")
         return Outcome(0 if ended.status in cluster.ENDED else 1, {"job": job_id, "status": ended.status})
@@ -317,30 +246,11 @@ def resume(file: Yaml, settings: Settings = None, json: Json = False, debug: Deb
     """Go on with `run`, here or as a job; other settings than before are refused."""
     address = next((s.removeprefix("address=") for s in settings or () if s.startswith("address=")), "")
     if (address or os.environ.get("CRANIUM_ADDRESS", "")).startswith("http"):
-        finish("resume", lambda: _submitted("resume", read_target(file, settings)), json, debug)
+        from cranium import jobs
+
+        finish("resume", lambda: jobs.submit("resume", read_target(file, settings)), json, debug)
     else:
         _staged("resume", file, settings, json, debug)
-
-
-def _jobs_address(machine: Machine) -> str:
-    if not machine.address:
-        raise UserError("NO_ADDRESS", "which cluster? give address=http://HEAD:8265 or set CRANIUM_ADDRESS")
-    return machine.address
-
-
-def _job_named(name: str, settings: list[str] | None) -> tuple[str, str]:
-    from cranium import cluster
-
-    if not name.endswith(".yaml"):
-        return _jobs_address(config.load_machine(settings or ())), name
-    target = read_target(Path(name), settings)
-    address = _jobs_address(target.machine)
-    jobs = cluster.jobs(address, f"{cluster.OURS}{target.exp.name}-")
-    if not jobs:
-        raise UserError(
-            "NO_JOB", f"{address} has no job of {target.exp.name}; `cranium submit run {name}` makes one"
-        )
-    return address, max(jobs, key=lambda j: j.started).id
 
 
 @app.command()
@@ -354,7 +264,7 @@ def check(
     """Validate every YAML, in seconds."""
 
     def work() -> Outcome:
-        root = config.share(Path.cwd() / "any.yaml")
+        root = reading.share(Path.cwd() / "any.yaml")
         paths = files or [
             path
             for folder in ("datasets", "experiments")
@@ -366,7 +276,7 @@ def check(
         for path in paths:
             try:
                 target = read_target(path, [])
-                _labels_exist(target)
+                labels_exist(target)
                 card = target.cards.get(path.stem)
                 unverified += [f"{path.stem}: {what}" for what in card.unverified] if card else []
             except UserError as error:
@@ -383,37 +293,17 @@ def check(
     finish("check", work, json, debug)
 
 
-def _labels_exist(target: Target) -> None:
-    for task in target.exp.adapt.tasks if target.exp.adapt else ():
-        for cohort in (task.cohort, *task.external):
-            if unknown := _undeclared(task, target.cards[cohort]):
-                raise UserError(
-                    "CONFIG", f"{target.path}: task {task.name}: the card of {cohort} declares no {unknown}"
-                )
-
-
-def _undeclared(task: config.Task, card: Card) -> str:
-    """What a task needs and a card does not declare, in words; empty when all is there."""
-    match task:
-        case config.Classification():
-            if task.label not in card.labels:
-                return f"label {task.label}"
-            unknown = set(task.classes) - set(card.labels[task.label].classes)
-            return f"classes {sorted(unknown)} of {task.label}" if unknown else ""
-        case config.Segmentation():
-            unknown = {name for parts in task.classes.values() for name in parts} - set(card.segmentation)
-            return f"classes {sorted(unknown)} under segmentation" if unknown else ""
-
-
 @app.command()
 def show(file: Yaml, settings: Settings = None, json: Json = False, debug: Debug = False) -> None:
     """The resolved config, hash, paths and cost."""
 
     def work() -> Outcome:
+        from cranium import costs
+
         target = read_target(file, settings)
         exp, machine = target.exp, target.machine
         print(config.to_yaml(exp))
-        cost = _cost(exp)
+        cost = costs.estimate(exp)
         facts = {
             "hash": config.fingerprint(exp),
             "store": str(machine.store),
@@ -425,51 +315,6 @@ def show(file: Yaml, settings: Settings = None, json: Json = False, debug: Debug
         return Outcome(0, facts)
 
     finish("show", work, json, debug)
-
-
-def pretraining_cost(exp: Experiment) -> Cost:
-    """Of one initialisation, from shapes alone."""
-    from cranium.dinov2 import cost
-
-    assert exp.pretrain
-    crops, loss, shape = exp.pretrain.crops, exp.pretrain.loss, exp.ingest.preprocessing.shape
-    return cost.of_pretraining(
-        exp.pretrain.arch,
-        images=exp.pretrain.steps * exp.pretrain.batch_size,
-        channels=shape[0] * shape[1],
-        num_global=crops.num_global,
-        global_size=crops.global_size,
-        num_local=crops.num_local,
-        local_size=crops.local_size,
-        prototypes=loss.prototypes,
-        head_hidden=loss.head_hidden,
-        head_bottleneck=loss.head_bottleneck,
-        mask_ratio=loss.mask_ratio,
-        mask_probability=loss.mask_probability if loss.ibot_weight else 0.0,
-    )
-
-
-def _cost(exp: Experiment) -> dict[str, Any]:
-    from cranium.dinov2 import cost as estimate
-
-    cost: dict[str, Any] = {"declared cost": exp.cost} if exp.cost else {}
-    if exp.pretrain:
-        runs = len(exp.pretrain.inits)
-        cost["steps"] = runs * exp.pretrain.steps
-        cost["stacks seen"] = cost["steps"] * exp.pretrain.batch_size
-        each = pretraining_cost(exp)
-        cost["computed cost"] = str(each)
-        cost["FLOPs"] = f"{runs * each.flops:.2e} ({each.flops_per_image / 1e9:.0f} GFLOPs a stack)"
-        hours = {gpu: estimate.in_short(runs * each.hours(gpu)) for gpu in estimate.PEAK}
-        share = f"{estimate.UTILISATION:.0%} of its peak"
-        cost["GPU-hours"] = f"{', '.join(f'{gpu} {h}' for gpu, h in hours.items())} (computed, at {share})"
-    if exp.sweep and exp.adapt:
-        rows = sum(len(exp.sweep.adaptations(t, i)) for t in exp.adapt.tasks for i in exp.sweep.init)
-        grid = rows * len(exp.sweep.label_fractions) * len(exp.sweep.seeds)
-        folds = exp.sweep.folds * exp.sweep.group_by.count("subject")
-        others = [scheme for scheme in exp.sweep.group_by if scheme != "subject"]
-        cost["cells"] = f"{grid * folds}" + "".join(f" + {grid} for each {scheme}" for scheme in others)
-    return cost
 
 
 Verified = Annotated[
@@ -485,14 +330,14 @@ def verify(file: Verified, settings: Settings = None, json: Json = False, debug:
     def work() -> Outcome:
         from rich.console import Console
 
-        from cranium import flow
+        from cranium import flow, inventory
         from cranium.store import Artefact
 
         if file.is_dir():
             sets = [Artefact(file.absolute())]
         else:
             target = read_target(file, settings)
-            sets = flow.shard_sets(target.exp, target.machine)
+            sets = inventory.shard_sets(target.exp, target.machine)
             if not sets:
                 raise UserError(
                     "NOT_INGESTED", f"no cohort of {target.exp.name} is ingested; run `cranium ingest {file}`"
@@ -527,22 +372,22 @@ def export(
 
         own = [s for s in settings or () if s.partition("=")[0] in stage.Spec.model_fields]
         rest = [s for s in settings or () if s not in own]
-        spec = config.validated(stage.Spec, config.nested(own), "export")
+        spec = reading.validated(stage.Spec, reading.nested(own), "export")
         if what.startswith("run:"):
             from cranium import checkpoint
 
-            if others := [s for s in rest if not config.is_machine_key(s)]:
+            if others := [s for s in rest if not reading.is_machine_key(s)]:
                 raise UserError("USAGE", f"{', '.join(others)}: a run has its settings already")
-            machine = config.load_machine(rest)
+            machine = reading.load_machine(rest)
             made = checkpoint.find_run(machine.store, what, machine.tracking)
         else:
             from rich.console import Console
 
-            from cranium import flow
+            from cranium import inventory
 
             target = read_target(Path(what), rest)
             study = Study(target.exp, target.machine, target.cards, Console(stderr=True))
-            made = flow.pretrained(study, spec.init)
+            made = inventory.pretraining(study, spec.init)
         exported = stage.export(made, spec)
         print(f"{exported.weights}  SHA-256 {exported.sha256}\n{exported.card}  how to use it")
         facts = {"weights": str(exported.weights), "card": str(exported.card), "sha256": exported.sha256}
@@ -570,9 +415,9 @@ def predict(
     def work() -> Outcome:
         from cranium import predict as stage
 
-        facts, own = _parted(settings or ())
-        spec = config.validated(stage.Spec, config.nested(own), "predict")
-        machine = config.load_machine(facts)
+        facts, own = parted(settings or ())
+        spec = reading.validated(stage.Spec, reading.nested(own), "predict")
+        machine = reading.load_machine(facts)
         written = stage.predict(machine, stage.find(machine.store, run), spec)
         print("\n".join(str(path) for path in written))
         return Outcome(0, {"maps": [str(path) for path in written]})
@@ -595,7 +440,7 @@ def bench(
         from cranium import bench, cluster
 
         def measured(stage: Any) -> tuple[Any, bench.Result]:
-            spec = config.validated(stage.Spec, config.nested(settings or ()), f"bench {what}")
+            spec = reading.validated(stage.Spec, reading.nested(settings or ()), f"bench {what}")
             with cluster.quiet(spec.data / f"{what}.log") as terminal:
                 return spec, stage.run(spec, lambda text: print(text, file=terminal.out, flush=True))
 
@@ -666,11 +511,6 @@ def _subject(told: list[str], cohorts: list[str]) -> tuple[str, str]:
             "USAGE", f"who? give subject=ID, or subject=COHORT/ID with one of {', '.join(cohorts)}"
         )
     return cohort, subject
-
-
-def _shipped(path: Path) -> Path:
-    """The given file, or the one of that name that came with the package."""
-    return shipped if not path.exists() and (shipped := config.share() / path).is_file() else path
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any, TextIO
 from urllib.parse import urlparse
 
-from cranium.config import Machine, UserError, share
+from cranium.config import Machine, UserError
+from cranium.reading import share
 
 ENVIRONMENT: Mapping[str, str] = {
     "RAY_USAGE_STATS_ENABLED": "0",

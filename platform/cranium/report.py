@@ -17,9 +17,10 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from cranium import adaptations, report_maps, wording
-from cranium.config import UserError, share
+from cranium.config import UserError
 from cranium.figures import corpus, page, plots, training
 from cranium.figures.page import Link, Plate, Section, Table
+from cranium.reading import share
 from cranium.tasks import comparison
 from cranium.tasks.comparison import TEST, Cell, Comparison, Point, Setting
 from cranium.tasks.metrics import Undefined, auroc

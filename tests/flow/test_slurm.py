@@ -104,7 +104,7 @@ def test_a_job_that_runs_out_of_time_is_queued_again_and_goes_on(
 ) -> None:
     home, log, again = tmp_path / "store", tmp_path / "first.log", tmp_path / "second.log"
     first = begin(raw, home, slurm, log)
-    while first.poll() is None and len(list(home.glob("ingest/*/work/[0-9]*.json"))) < 3:
+    while first.poll() is None and len(list(home.glob("ingest/**/[0-9]*.json"))) < 3:
         time.sleep(0.05)
     first.send_signal(signal.SIGTERM)
     assert first.wait(120) == 143, log.read_text()[-3000:]

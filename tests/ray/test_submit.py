@@ -20,7 +20,7 @@ import psutil
 import pytest
 
 import phantoms
-from cranium import cluster, config, pretrain
+from cranium import cluster, config, pretrain, reading
 from cranium.store import Artefact
 
 pytestmark = pytest.mark.ray
@@ -159,7 +159,7 @@ def test_a_submitted_resume_refuses_other_settings(dashboard: str, study: Path) 
     )
     facts = [f"address={dashboard}", f"store={study / 'store'}", f"raw.jobs={study / 'raw' / 'jobs'}"]
     assert _cranium("submit", "ingest", "trained.yaml", *facts, cwd=study).returncode == 3
-    exp, machine = config.load_experiment(study / "trained.yaml"), config.Machine(store=study / "store")
+    exp, machine = reading.load_experiment(study / "trained.yaml"), config.Machine(store=study / "store")
     shards = [Artefact(path.parent) for path in (study / "store" / "ingest").glob("jobs-*/manifest.json")]
     begun = pretrain.artefact(exp, machine, "scratch", shards)
     (begun.path / "ray" / "checkpoint_1").mkdir(parents=True)

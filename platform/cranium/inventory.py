@@ -1,0 +1,268 @@
+"""What there is of an experiment already: raw files, finished artefacts, and what could not be had.
+
+Nothing is made here. What a stage needs and is not there ends in a `UserError` that names the command which makes it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cranium import store
+from cranium.config import FROZEN, Adaptation, Classification, Experiment, Machine, Segmentation, UserError
+from cranium.store import Artefact
+from cranium.study import Study
+
+if TYPE_CHECKING:
+    from cranium.segmenting import LabelFiles
+
+Features = dict[tuple[str, ...], Artefact]  # see `sweep.Features`
+DEMO_COHORTS = ("demo_ssl", "demo", "demo_external")
+
+
+def demo_artefact(study: Study) -> Artefact | None:
+    if study.exp.demo is None:
+        return None
+    from cranium import demo as maker
+
+    key = {"recipe": maker.RECIPE, "demo": study.exp.demo}
+    return store.artefact(study.machine.store, "demo", "demo", key)
+
+
+def raw_folder(study: Study, cohort: str) -> Path | None:
+    """The folder of a cohort's files; None for a demo cohort that could not be made."""
+    if given := study.machine.raw.get(cohort):
+        if not given.is_dir():
+            raise UserError("NO_RAW", f"raw.{cohort}={given} is no folder")
+        return given
+    if cohort in DEMO_COHORTS and (made := demo_artefact(study)):
+        if not made.done:
+            raise UserError("NO_DEMO", "the demo cohorts are not made yet; run `cranium demo` first")
+        if (made.path / cohort).is_dir():
+            return made.path / cohort
+        reasons = dict(made.manifest()["missing"])
+        study.missing[cohort] = str(reasons.get(cohort, "not made"))
+        return None
+    raise UserError("NO_RAW", f"where are the files of cohort {cohort}? give raw.{cohort}=DIR")
+
+
+def shard_set_of(study: Study, cohort: str, raw: Path) -> Artefact:
+    from cranium import ingest as stage
+
+    return stage.artefact(study.cards[cohort], raw, study.exp.ingest, study.machine)
+
+
+def ingested(study: Study, cohorts: tuple[str, ...]) -> dict[str, Artefact]:
+    """The finished shard sets of `cohorts`. Raises `UserError(NOT_INGESTED)` naming the command that makes one."""
+    sets: dict[str, Artefact] = {}
+    for cohort in cohorts:
+        raw = raw_folder(study, cohort)
+        if raw is None:
+            continue
+        made = shard_set_of(study, cohort, raw)
+        if not made.done:
+            reason = f"cohort {cohort} is not ingested with these settings; run `cranium ingest` first"
+            raise UserError("NOT_INGESTED", reason)
+        sets[cohort] = made
+    return sets
+
+
+def had(sets: Mapping[str, Artefact], study: Study, cohort: str) -> Artefact:
+    if cohort not in sets:
+        raise UserError(
+            "NO_COHORT", f"cohort {cohort} could not be had: {study.missing.get(cohort, 'unknown')}", 1
+        )
+    return sets[cohort]
+
+
+@contextlib.contextmanager
+def without(study: Study, init: str) -> Iterator[None]:
+    """Weights that can't be had cost their own row, not the experiment; the report and the exit code say so."""
+    try:
+        yield
+    except UserError as error:
+        if error.code != "NO_WEIGHTS":
+            raise
+        study.missing[init] = str(error)
+
+
+def pretrainings(study: Study) -> dict[str, Artefact]:
+    from cranium import pretrain as stage
+
+    spec = study.exp.pretrain
+    if spec is None:
+        return {}
+    sets = ingested(study, spec.cohorts)
+    corpus = [had(sets, study, cohort) for cohort in spec.cohorts]
+    made: dict[str, Artefact] = {
+        init: stage.artefact(study.exp, study.machine, init, corpus) for init in spec.inits
+    }
+    if absent := [init for init, result in made.items() if not result.done]:
+        raise UserError(
+            "NOT_PRETRAINED", f"{', '.join(absent)} is not pretrained yet; run `cranium pretrain` first"
+        )
+    return made
+
+
+def pretraining(study: Study, init: str | None = None) -> Artefact:
+    """The finished pretraining of the experiment that makes `init`; None: the only one there is."""
+    made = pretrainings(study)
+    if init is None and len(made) == 1:
+        return next(iter(made.values()))
+    if init not in made:
+        raise UserError("USAGE", f"which pretraining? init=... one of {', '.join(made) or 'none'}")
+    return made[init]
+
+
+def weights(study: Study, init: str, pretrained: Mapping[str, Artefact]) -> Artefact | None:
+    """The pretraining behind an initialisation, if one is; `run:<id>` is looked up in the store.
+
+    What a run saw must be declared, or the leakage gate could not see it: its cohorts must be `pretrain.cohorts`.
+    """
+    if not init.startswith("run:"):
+        return pretrained.get(init)
+    from cranium import checkpoint
+
+    made = checkpoint.find_run(study.machine.store, init, study.machine.tracking)
+    saw, declared = made.manifest()["cohorts"], study.exp.pretrain.cohorts if study.exp.pretrain else ()
+    if unseen := sorted(set(saw) - set(declared)):
+        reason = f"{init} was pretrained on {', '.join(unseen)}, which pretrain.cohorts does not name"
+        raise UserError(
+            "LEAKAGE", f"{reason}; name them (and pretrain.inits=[]), so that leakage can be checked"
+        )
+    return made
+
+
+def to_embed(exp: Experiment) -> list[tuple[str, str, Adaptation | None]]:
+    """(init, cohort, None) where features (or volumes) are wanted, (init, cohort, adaptation) where tokens are."""
+    assert exp.sweep and exp.adapt
+    found: list[tuple[str, str, Adaptation | None]] = []
+    for init in exp.sweep.init:
+        for task in exp.adapt.tasks:
+            match task:
+                case Classification():
+                    frozen = init != "covariates" and FROZEN & set(exp.sweep.adaptations(task, init))
+                    ways: tuple[Adaptation | None, ...] = (None,) if frozen else ()
+                case Segmentation():
+                    ways = exp.sweep.adaptations(task, init)
+            found += [(init, cohort, way) for cohort in (task.cohort, *task.external) for way in ways]
+    return list(dict.fromkeys(found))
+
+
+def embedding(
+    study: Study, init: str, shard_set: Artefact, weights: Artefact | None, way: Adaptation | None
+) -> Artefact:
+    from cranium import embed, tokens, volumes
+
+    if init == "volumes":
+        return volumes.artefact(study.machine, shard_set)
+    if way is None:
+        return embed.artefact(study.exp, study.machine, init, shard_set, weights)
+    return tokens.artefact(study.exp, study.machine, init, shard_set, weights, way)
+
+
+def embedded(study: Study, sets: Mapping[str, Artefact]) -> Features:
+    pretrained, features = pretrainings(study), Features()
+    for init, cohort, way in to_embed(study.exp):
+        if cohort not in sets:
+            continue
+        made = embedding(study, init, sets[cohort], weights(study, init, pretrained), way)
+        if not made.done:
+            raise UserError(
+                "NOT_EMBEDDED", f"{cohort} is not embedded with {init} yet; run `cranium embed` first"
+            )
+        features[(init, cohort, *([way] if way else []))] = made
+    return features
+
+
+def label_files(study: Study) -> dict[str, LabelFiles]:
+    """Where the label files of every cohort with a segmentation task are: it is scored against them."""
+    from cranium import ingest as stage
+    from cranium.segmenting import LabelFiles
+
+    assert study.exp.adapt
+    tasks = [task for task in study.exp.adapt.tasks if isinstance(task, Segmentation)]
+    found = {}
+    for cohort in dict.fromkeys(c for task in tasks for c in (task.cohort, *task.external)):
+        if raw := raw_folder(study, cohort):
+            paths = stage.label_files(study.cards[cohort], raw, study.exp.ingest, study.machine)
+            found[cohort] = LabelFiles(raw.resolve(), paths)
+    return found
+
+
+def started(study: Study) -> dict[str, Artefact]:
+    """The pretraining behind each initialisation that a network is trained from."""
+    exp = study.exp
+    assert exp.sweep
+    if not set(exp.sweep.adaptation) - FROZEN:
+        return {}
+    pretrained = pretrainings(study)
+    found = {init: weights(study, init, pretrained) for init in exp.sweep.init if init not in study.missing}
+    return {init: made for init, made in found.items() if made}
+
+
+def obtainable(study: Study, sets: Mapping[str, Artefact]) -> Experiment:
+    """The experiment without initialisations, external cohorts and groupings that could not be had."""
+    exp = study.exp
+    assert exp.sweep and exp.adapt
+    inits = tuple(init for init in exp.sweep.init if init not in study.missing)
+    tasks = []
+    for task in exp.adapt.tasks:
+        had(sets, study, task.cohort)
+        external = tuple(c for c in task.external if c in sets)
+        tasks.append(task.model_copy(update={"external": external}))
+    return exp.model_copy(
+        update={
+            "sweep": exp.sweep.model_copy(update={"init": inits, "group_by": _groupings(study, sets)}),
+            "adapt": exp.adapt.model_copy(update={"tasks": tuple(tasks)}),
+        }
+    )
+
+
+def _groupings(study: Study, sets: Mapping[str, Artefact]) -> tuple[str, ...]:
+    """What folds can be grouped by: leaving one group out needs two of them in every task's cohort."""
+    import pandas as pd
+
+    assert study.exp.sweep and study.exp.adapt
+    possible = []
+    for scheme in study.exp.sweep.group_by:
+        for cohort in sorted({task.cohort for task in study.exp.adapt.tasks}):
+            table = pd.read_parquet(sets[cohort].path / "sessions.parquet")
+            if scheme in table and table[scheme].nunique() < 2:
+                study.missing[f"folds that leave one {scheme} out"] = f"cohort {cohort} has only one {scheme}"
+                break
+        else:
+            possible.append(scheme)
+    return tuple(possible)
+
+
+STAGES = ("demo", "ingest", "pretrain", "embed", "sweep", "report")
+
+
+def status(exp: Experiment, machine: Machine) -> list[tuple[str, str, str]]:
+    """(stage, folder, state) of what lies in the store under this experiment's names, in the order data flows."""
+    cohorts = tuple(f"{cohort}-" for cohort in exp.ingest.cohorts)
+    inits = exp.sweep.init if exp.sweep else ()
+    prefixes = {
+        "demo": ("demo-",) if exp.demo else (),
+        "ingest": cohorts,
+        "pretrain": tuple(f"{init}-{exp.arch}-" for init in exp.pretrain.inits) if exp.pretrain else (),
+        "embed": tuple(f"{init.replace(':', '_')}_{cohort}" for init in inits for cohort in cohorts),
+        "sweep": (f"{exp.name}-",),
+        "report": (f"{exp.name}-",),
+    }
+    found = []
+    for stage in STAGES:
+        folder = machine.store / stage
+        for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+            if path.is_dir() and path.name.startswith(prefixes[stage]):
+                state = "done" if Artefact(path).done else "begun"
+                found.append((stage, path.name, "forgotten" if (path / store.TOMBSTONE).exists() else state))
+    return found
+
+
+def shard_sets(exp: Experiment, machine: Machine) -> list[Artefact]:
+    """Every finished shard set of the experiment's cohorts, all versions of it."""
+    return [made for cohort in exp.ingest.cohorts for made in store.find(machine.store, "ingest", cohort)]
