@@ -82,18 +82,27 @@ def embed(
         store.commit(
             made.path,
             {
-                "stage": "embed",
-                "init": init,
-                "cohort": manifest["cohort"],
-                "shard_set": shard_set.id,
-                "channels": manifest["channels"],
-                "source": asdict(source),
+                **provenance(init, shard_set, manifest, source),
                 "dim": backbone.embed_dim * len(exp.embed.features),
                 "rows": rows,
                 "seconds": round(time.monotonic() - started, 3),
             },
         )
     return made
+
+
+def provenance(
+    init: str, shard_set: Artefact, manifest: dict[str, Any], source: checkpoint.Source
+) -> dict[str, Any]:
+    """What a manifest of embedded stacks says of where they come from."""
+    return {
+        "stage": "embed",
+        "init": init,
+        "cohort": manifest["cohort"],
+        "shard_set": shard_set.id,
+        "channels": manifest["channels"],
+        "source": asdict(source),
+    }
 
 
 def load(

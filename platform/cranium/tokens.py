@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -96,12 +95,7 @@ def embed_tokens(
         store.commit(
             made.path,
             {
-                "stage": "embed",
-                "init": init,
-                "cohort": manifest["cohort"],
-                "shard_set": shard_set.id,
-                "channels": manifest["channels"],
-                "source": asdict(source),
+                **embed.provenance(init, shard_set, manifest, source),
                 "seed": exp.embed.seed,
                 "depths": list(wanted),
                 "pixels": exp.ingest.size

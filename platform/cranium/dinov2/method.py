@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Required, TypedDict, Unpack
 
 import numpy as np
 import torch
@@ -148,6 +148,16 @@ class Student(nn.Module):
         return cls, local_cls, hidden
 
 
+class How(TypedDict, total=False):
+    """How the losses of a step are made; see `losses`, and `losses_of` for the defaults."""
+
+    seed: Required[int]
+    teacher_temperature: Required[float]
+    reduce: Reduce
+    gather: Callable[[Tensor], Tensor]
+    precision: torch.dtype | None
+
+
 class DINOv2:
     """Student, EMA teacher and centres. The caller may replace `student` by a data-parallel wrap of it."""
 
@@ -171,12 +181,7 @@ class DINOv2:
         present: Tensor,
         rows: draw.Rows,
         step: int,
-        *,
-        seed: int,
-        teacher_temperature: float,
-        reduce: Reduce = identity,
-        gather: Callable[[Tensor], Tensor] = identity,
-        precision: torch.dtype | None = None,
+        **how: Unpack[How],
     ) -> dict[str, Tensor]:
         """Losses of this worker's `stacks` [B, C, S, H, W] uint8, `present` [B, C], global rows `rows` [B].
 
@@ -189,17 +194,9 @@ class DINOv2:
         `precision`: autocast of the networks only.
         """
         size = (stacks.shape[3], stacks.shape[4])
-        params = crops.sample(rows, step, seed, self.spec.crops, contrasts=stacks.shape[1], size=size)
-        return self.losses_of(
-            crops.apply(stacks, present, params, self.spec.crops),
-            rows,
-            step,
-            seed=seed,
-            teacher_temperature=teacher_temperature,
-            reduce=reduce,
-            gather=gather,
-            precision=precision,
-        )
+        spec = self.spec.crops
+        params = crops.sample(rows, step, how["seed"], spec, contrasts=stacks.shape[1], size=size)
+        return self.losses_of(crops.apply(stacks, present, params, spec), rows, step, **how)
 
     def losses_of(
         self,
