@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import phantoms
-from cranium import demo_sources, ingest, native, trust
+from cranium import demo_sources, ingest, restitch, trust
 from cranium.cards import Card
 from cranium.config import Ingest, Machine, UserError
 from cranium.store import Artefact
@@ -123,8 +123,8 @@ def test_label_files_are_found_again_and_their_classes_keep_the_cards_order(
     values = list(CLASSES.values())
     for (subject, session), path in found.items():
         assert (tree / path).is_file()
-        stacks = native.read_stacks(done, done.manifest(), subject, session)
-        truth = native.read_truth(tree / path, tree, known[subject], values, stacks, "agree")
+        stacks = restitch.read_stacks(done, done.manifest(), subject, session)
+        truth = restitch.read_truth(tree / path, tree, known[subject], values, stacks, "agree")
         assert truth.place.channel in ("T1w", "T2w", "FLAIR")
 
 

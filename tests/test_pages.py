@@ -11,7 +11,7 @@ import browser
 import courses
 import ingests
 import reports
-from cranium import checkup, report
+from cranium import health_page, report
 from cranium.figures import cohort
 
 SHEET = Path(__file__).parents[1] / "dashboards" / "quality.html.j2"
@@ -89,8 +89,10 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {
         "quality": cohort.write(ingests.faulty(root / "q", 9, "Phantoms").path, SHEET),
         "report": report.write("demo", reports.inputs(root / "r"), root / "r" / "report.html"),
-        "healthy": checkup.write(courses.course(root / "h", asks="What does a backbone learn?")),
-        "collapsed": checkup.write(courses.course(root / "c", sick, stopped="it was stopped", failed=True)),
+        "healthy": health_page.write(courses.course(root / "h", asks="What does a backbone learn?")),
+        "collapsed": health_page.write(
+            courses.course(root / "c", sick, stopped="it was stopped", failed=True)
+        ),
     }
 
 

@@ -111,9 +111,9 @@ def test_tokens_are_the_backbones_at_its_last_block(trained: tuple[Machine, Path
     )
     rows, values = tokens.read(made)
     backbone, _ = embed.load(EXPERIMENT, machine, "random", store.read_manifest(shards), None)
-    from cranium import native
+    from cranium import restitch
 
-    stacks = native.read_stacks(Artefact(shards), store.read_manifest(shards), "002", "").pixels
+    stacks = restitch.read_stacks(Artefact(shards), store.read_manifest(shards), "002", "").pixels
     import torch
 
     with torch.no_grad():

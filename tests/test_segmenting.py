@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 
 import phantoms
-from cranium import report_maps, segmenting, store, tokens
+from cranium import report_segmentation, segmenting, store, tokens
 from cranium.config import Cell, Decoder, Segmentation, UserError
 from cranium.figures.page import Link
 from cranium.volume import labels, nifti, shard, slices
@@ -205,8 +205,8 @@ def test_what_a_task_asks_must_be_in_the_card_and_in_the_scans(cohorts, tmp_path
 def test_the_report_shows_every_subject_and_means_what_the_cells_mean(judged, cohorts, tmp_path) -> None:  # type: ignore[no-untyped-def]
     other = work(tmp_path, *cohorts, fold=0)
     segmenting.run_cell(other, FOLDS)
-    table = report_maps.read([judged.folder, other.folder], {judged.folder.name: "r1"})
-    sections, said = report_maps.sections(table, Link, 200)
+    table = report_segmentation.read([judged.folder, other.folder], {judged.folder.name: "r1"})
+    sections, said = report_segmentation.sections(table, Link, 200)
     assert [section.key for section in sections] == ["maps", "pictures"]
     assert len(sections[0].plates) == 6  # three regions, at home and away
     ventricle = next(p for p in sections[0].plates if p.title.endswith(": ventricle"))

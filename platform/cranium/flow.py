@@ -115,7 +115,7 @@ def pretrain(study: Study, sets: Mapping[str, Artefact] | None = None) -> dict[s
         return {}
     sets = inventory.ingested(study, spec.cohorts) if sets is None else sets
     corpus = [inventory.had(sets, study, cohort) for cohort in spec.cohorts]
-    from cranium import checkup  # after what may be refused: torch takes seconds
+    from cranium import health_page  # after what may be refused: torch takes seconds
     from cranium import pretrain as stage
 
     results: dict[str, Artefact] = {}
@@ -123,7 +123,7 @@ def pretrain(study: Study, sets: Mapping[str, Artefact] | None = None) -> dict[s
         name = f"pretrain {init}"
         made = stage.artefact(study.exp, study.machine, init, corpus)
         study.made[name] = str(made.path)
-        study.made[f"health {init}"] = str(made.path / checkup.PAGE)
+        study.made[f"health {init}"] = str(made.path / health_page.PAGE)
         fresh = not made.done
         if fresh:
             _write_resolved(study, made)
@@ -150,11 +150,11 @@ def pretrain(study: Study, sets: Mapping[str, Artefact] | None = None) -> dict[s
 
 def _health_page(study: Study, init: str, made: Artefact, corpus: list[Artefact]) -> None:
     """The page of a finished pretraining, made when it is not there or shows an earlier state."""
-    from cranium import checkup
+    from cranium import health_page
     from cranium.course import Course
 
-    if not checkup.current(made):
-        checkup.write(Course(made, study.exp, init, tuple(corpus)))
+    if not health_page.current(made):
+        health_page.write(Course(made, study.exp, init, tuple(corpus)))
 
 
 def replay(study: Study, capture: Path) -> None:

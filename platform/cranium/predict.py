@@ -19,7 +19,7 @@ from pydantic import Field
 from safetensors.torch import load_file
 
 import cranium
-from cranium import cards, checkpoint, cohort, conform, native, provisions, segmenting, store, tokens
+from cranium import cards, checkpoint, cohort, conform, provisions, restitch, segmenting, store, tokens
 from cranium.config import Cell, Decoder, Frozen, Ingest, Machine, Segmentation, UserError
 from cranium.figures import overlay
 from cranium.store import Artefact
@@ -179,11 +179,11 @@ def _session(model: _Model, trained: Trained, session: Mapping[str, Any], out: P
     groups = [shard.read_row_group(Path(str(job.part(0))), i) for i in range(len(record["row_groups"]))]
     stacks = np.concatenate([shard.pixels(group) for group in groups])
     probabilities = model(stacks)
-    at = native.place(record["session"])
+    at = restitch.place(record["session"])
     classes = at.to_native(probabilities)
     name = segmenting.name(session["subject"], session["session"]).removeprefix("sub-")
     path = out / f"{name}_dseg.nii.gz"
-    native.write(path, classes, at.affine, f"cranium {trained.cell.path.name}")
+    restitch.write(path, classes, at.affine, f"cranium {trained.cell.path.name}")
     here = probabilities.argmax(0).astype(np.uint8)
     overlay.write(out / f"{name}_dseg.png", stacks, np.zeros_like(here), here)
     voxel = float(abs(np.linalg.det(at.affine[:3, :3]))) / 1000

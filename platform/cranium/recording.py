@@ -118,7 +118,7 @@ def _status(error: BaseException) -> str:
 
 
 def pretrained(study: Study, init: str, made: Artefact, fresh: bool) -> None:
-    from cranium import checkup  # imports torch, which takes seconds
+    from cranium import health_page  # imports torch, which takes seconds
 
     if _mark(study, made).is_file() and not fresh:
         return
@@ -128,7 +128,7 @@ def pretrained(study: Study, init: str, made: Artefact, fresh: bool) -> None:
         for folder in JOURNALS:
             tracker.replay(run, made.path / folder)
         tracker.log(run, {"sys/seconds": made.manifest()["seconds"]}, _start_tags(made))
-        for name in ("resolved.yaml", checkup.PAGE):
+        for name in ("resolved.yaml", health_page.PAGE):
             if (made.path / name).is_file():  # a page that could not be drawn costs nothing else
                 tracker.artefact(run, made.path / name)
         tracker.finish(run)

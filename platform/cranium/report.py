@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from cranium import adaptations, report_maps, wording
+from cranium import report_adaptations, report_segmentation, wording
 from cranium.config import UserError
 from cranium.figures import corpus, page, plots, training
 from cranium.figures.page import Link, Plate, Section, Table
@@ -78,7 +78,7 @@ def write(exp_name: str, inputs: ReportInputs, out: Path) -> Path:
         segmented = [folder for folder in inputs.cells if _task(folder) == "segmentation"]
         judged = [folder for folder in inputs.cells if folder not in segmented]
         read = [_read_cell(folder, runs.get(folder.name, "")) for folder in judged]
-        maps = report_maps.read(segmented, runs) if segmented else None
+        maps = report_segmentation.read(segmented, runs) if segmented else None
         sheet = [corpus.presence(cohorts), corpus.examples(cohorts)] if cohorts else []
     except (OSError, KeyError, ValueError) as error:
         raise UserError("REPORT", f"an input of the report cannot be read: {error}") from error
@@ -89,10 +89,10 @@ def write(exp_name: str, inputs: ReportInputs, out: Path) -> Path:
     cells = [cell for cell, _ in read]
     found = comparison.points(comparison.beside_references(cells), inputs.bootstrap)
     pairs = comparison.comparisons(found, inputs.bootstrap)
-    on_maps, said = ([], []) if maps is None else report_maps.sections(maps, ui, inputs.bootstrap)
+    on_maps, said = ([], []) if maps is None else report_segmentation.sections(maps, ui, inputs.bootstrap)
     sections = [
         *(_results(found, pairs, inputs) if found else []),
-        *adaptations.section(found, inputs.bootstrap),
+        *report_adaptations.section(found, inputs.bootstrap),
         *on_maps,
         Section("cohorts", "Cohorts", (), tuple(sheet), (corpus.counts(cohorts),) if cohorts else ()),
         *([Section("training", "Pretraining", (), (curves,))] if curves else []),

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import nn
 
-from cranium import native, store, tokens
+from cranium import restitch, store, tokens
 from cranium.config import Cell, Decoder, Segmentation, UserError
 from cranium.figures import overlay
 from cranium.models import decoder as decoders
@@ -166,7 +166,7 @@ def _tokens(folder: Path) -> tuple[dict[tuple[str, str], slice], NDArray[np.floa
 def _labels(shard_set: Path, subject: str, session: str) -> NDArray[np.uint8]:
     """Labels [n, H, W] of a session, as the card numbers them."""
     made = Artefact(shard_set)
-    return native.read_stacks(made, made.manifest(), subject, session).labels
+    return restitch.read_stacks(made, made.manifest(), subject, session).labels
 
 
 def _keys(table: pd.DataFrame) -> Iterator[tuple[str, str]]:
@@ -268,8 +268,8 @@ def _judged(
     values = [manifest["card"]["segmentation"][name] for name in manifest["classes"]]
     for row in table.to_dict("records"):
         key = (row["subject"], row["session"])
-        stacks = native.read_stacks(made, manifest, *key)
-        truth = native.read_truth(
+        stacks = restitch.read_stacks(made, manifest, *key)
+        truth = restitch.read_truth(
             cohort.label_files.of(*key),
             cohort.label_files.root,
             row,
@@ -281,7 +281,7 @@ def _judged(
         predicted = truth.place.to_native(found)
         who = name(*key) if role == "test" else f"{cohort.name}_{name(*key)}"
         written = work.folder / MAPS / f"{who}_dseg.nii.gz"
-        native.write(written, predicted, truth.place.affine, f"cranium {work.folder.name}")
+        restitch.write(written, predicted, truth.place.affine, f"cranium {work.folder.name}")
         known, here = lookup[stacks.labels], found.argmax(0).astype(np.uint8)
         overlay.write(work.folder / OVERLAYS / f"{who}.png", stacks.pixels, known, here)
         about = {

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import phantoms
-from cranium import native
+from cranium import restitch
 from cranium.config import UserError
 from cranium.volume import labels, nifti, slices
 
@@ -35,7 +35,7 @@ def drawn(tmp_path: Path, axes: str, tilt: tuple[float, float, float] = (0, 0, 0
         "crop": json.dumps({"shape": grid.shape, "slices": [run.start, run.stop, run.step]}),
         "transforms": json.dumps({"T1w": np.eye(4).tolist()}),
     }
-    stacks = native.Stacks(np.zeros((len(run), 1, 1, 112, 112), np.uint8), on_grid[run.start : run.stop])
+    stacks = restitch.Stacks(np.zeros((len(run), 1, 1, 112, 112), np.uint8), on_grid[run.start : run.stop])
     return path, row, stacks, np.select([stored == 4, stored == 7], [1, 2], 0)
 
 
@@ -43,7 +43,7 @@ def drawn(tmp_path: Path, axes: str, tilt: tuple[float, float, float] = (0, 0, 0
 def test_what_the_slices_hold_comes_back_to_the_files_own_voxels(tmp_path: Path, axes: str) -> None:
     """Slices -> native is the way in undone, whatever the storage order: sides, places and sizes stay."""
     path, row, stacks, expected = drawn(tmp_path, axes, (8.0, -5.0, 12.0))
-    truth = native.read_truth(path, tmp_path, row, VALUES, stacks, "agree")
+    truth = restitch.read_truth(path, tmp_path, row, VALUES, stacks, "agree")
     assert truth.place.channel == "T1w" and np.array_equal(truth.classes, expected)
     one_hot = np.stack([stacks.labels == k for k in range(3)]).astype(np.float32)
     back = truth.place.to_native(one_hot)
@@ -51,7 +51,7 @@ def test_what_the_slices_hold_comes_back_to_the_files_own_voxels(tmp_path: Path,
     for k in (1, 2):
         overlap = 2 * ((back == k) & (expected == k)).sum() / ((back == k).sum() + (expected == k).sum())
         assert overlap > 0.93, (axes, k, overlap)  # mirrored or shifted by a slice it falls below 0.6
-    native.write(tmp_path / "out.nii.gz", back, truth.place.affine, "words")
+    restitch.write(tmp_path / "out.nii.gz", back, truth.place.affine, "words")
     ours, theirs = nib.load(tmp_path / "out.nii.gz"), nib.load(path)
     assert ours.shape == theirs.shape and ours.get_data_dtype() == np.uint8
     np.testing.assert_allclose(ours.affine, theirs.affine, atol=1e-4)
@@ -60,14 +60,14 @@ def test_what_the_slices_hold_comes_back_to_the_files_own_voxels(tmp_path: Path,
 
 def test_another_label_file_than_the_one_ingested_is_refused(tmp_path: Path) -> None:
     path, row, stacks, _ = drawn(tmp_path, "RAS")
-    moved = native.Stacks(stacks.pixels, np.roll(stacks.labels, 3, axis=1))
+    moved = restitch.Stacks(stacks.pixels, np.roll(stacks.labels, 3, axis=1))
     with pytest.raises(UserError, match="not what was ingested") as refused:
-        native.read_truth(path, tmp_path, row, VALUES, moved, "agree")
+        restitch.read_truth(path, tmp_path, row, VALUES, moved, "agree")
     assert refused.value.code == "LABELS"
     with pytest.raises(UserError, match="values 7 are no class"):
-        native.read_truth(path, tmp_path, row, ((4,),), stacks, "agree")
+        restitch.read_truth(path, tmp_path, row, ((4,),), stacks, "agree")
     with pytest.raises(UserError, match="cannot be read"):
-        native.read_truth(tmp_path / "gone.nii.gz", tmp_path, row, VALUES, stacks, "agree")
+        restitch.read_truth(tmp_path / "gone.nii.gz", tmp_path, row, VALUES, stacks, "agree")
 
 
 def test_every_second_slice_kept_fills_the_gaps(tmp_path: Path) -> None:
@@ -75,8 +75,8 @@ def test_every_second_slice_kept_fills_the_gaps(tmp_path: Path) -> None:
     crop = json.loads(row["crop"])
     first, stop, _ = crop["slices"]
     thin = row | {"crop": json.dumps(crop | {"slices": [first, stop, 2]})}
-    half = native.Stacks(stacks.pixels[::2], stacks.labels[::2])
-    truth = native.read_truth(path, tmp_path, thin, VALUES, half, "agree")
+    half = restitch.Stacks(stacks.pixels[::2], stacks.labels[::2])
+    truth = restitch.read_truth(path, tmp_path, thin, VALUES, half, "agree")
     back = truth.place.to_native(np.stack([half.labels == k for k in range(3)]).astype(np.float32))
     overlap = 2 * ((back == 2) & (expected == 2)).sum() / ((back == 2).sum() + (expected == 2).sum())
     assert overlap > 0.9

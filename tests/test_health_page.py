@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 import courses
-from cranium import checkup, store, track
+from cranium import health_page, store, track
 from cranium.config import UserError
 from cranium.course import Course, by_metric, limits
 
@@ -36,18 +36,18 @@ def table(page: Path, name: str) -> list[dict[str, str]]:
 @pytest.fixture(scope="module")
 def healthy(tmp_path_factory: pytest.TempPathFactory) -> Course:
     found = courses.course(tmp_path_factory.mktemp("healthy"), asks="why?")
-    checkup.write(found)
+    health_page.write(found)
     return found
 
 
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pages without figures, for what is not about them."""
-    monkeypatch.setattr(checkup, "_drawn", lambda found: [])
+    monkeypatch.setattr(health_page, "_drawn", lambda found: [])
 
 
 def test_a_healthy_run_is_called_so_and_its_tables_are_the_journal(healthy: Course) -> None:
-    found, page = healthy, healthy.made.path / checkup.PAGE
+    found, page = healthy, healthy.made.path / health_page.PAGE
     words = visible(page)
     assert "Healthy so far: 399 of 400 steps" in words and "No alarm" in words and "tiny: why?" in words
     assert (
@@ -70,18 +70,18 @@ def test_a_healthy_run_is_called_so_and_its_tables_are_the_journal(healthy: Cour
     probes = table(page, "labels of the monitoring cohort")
     assert [row["step"] for row in probes] == ["0", "100", "200", "400"]
     before = page.read_text()
-    assert checkup.write(found).read_text() == before
+    assert health_page.write(found).read_text() == before
 
 
 def test_a_skipped_step_at_the_end_has_no_loss_to_show(tmp_path: Path) -> None:
     found = courses.course(tmp_path)
     last = found.entries[-1]
     found.entries.append(replace(last, step=last.step + 1, metrics={"train/skipped": 1.0}))
-    assert dict(checkup._facts(found))["loss"] == f"{last.metrics['train/loss']:.2f}"
+    assert dict(health_page._facts(found))["loss"] == f"{last.metrics['train/loss']:.2f}"
 
 
 def test_only_settings_that_differ_are_listed(healthy: Course) -> None:
-    rows = table(healthy.made.path / checkup.PAGE, "settings")
+    rows = table(healthy.made.path / health_page.PAGE, "settings")
     assert {row["setting"]: (row["this run"], row["default"]) for row in rows} == {
         "pretrain.arch": ("vit_tiny_patch14", "vit_large_patch14_dinov2"),
         "pretrain.steps": ("400", "10000"),
@@ -101,7 +101,7 @@ def test_levels_in_closed_form(tmp_path: Path) -> None:
 
 def test_alarms_say_what_is_wrong_and_what_to_change(tmp_path: Path) -> None:
     sick = {"train/target_entropy": 0.05, "train/effective_rank": 1.1}
-    page = checkup.write(courses.course(tmp_path, sick))
+    page = health_page.write(courses.course(tmp_path, sick))
     words = visible(page)
     assert "Not healthy so far: 399 of 400 steps" in words and "No alarm" not in words
     assert re.search(
@@ -112,12 +112,12 @@ def test_alarms_say_what_is_wrong_and_what_to_change(tmp_path: Path) -> None:
 
 
 def test_what_only_slows_a_run_does_not_make_it_ill(tmp_path: Path, undrawn: None) -> None:
-    words = visible(checkup.write(courses.course(tmp_path, {"sys/data_wait_share": 0.5})))
+    words = visible(health_page.write(courses.course(tmp_path, {"sys/data_wait_share": 0.5})))
     assert "To be looked at so far: 399 of 400 steps" in words and "STARVED" in words
 
 
 def test_names_that_are_markup_stay_text(tmp_path: Path, undrawn: None) -> None:
-    page = checkup.write(courses.course(tmp_path, asks=EVIL, stopped=EVIL)).read_text()
+    page = health_page.write(courses.course(tmp_path, asks=EVIL, stopped=EVIL)).read_text()
     assert "<script" not in page and page.count("&lt;script&gt;") >= 3
 
 
@@ -126,7 +126,7 @@ def test_a_run_without_a_journal_has_a_page(tmp_path: Path) -> None:
     for folder in ("journal", "monitor"):
         for path in found.made.path.joinpath(folder).rglob("*.jsonl"):
             path.unlink()
-    words = visible(checkup.write(Course(found.made, found.exp, found.init, found.shard_sets)))
+    words = visible(health_page.write(Course(found.made, found.exp, found.init, found.shard_sets)))
     assert "No step is logged yet" in words and "No probe has looked at this teacher" in words
 
 
@@ -140,35 +140,35 @@ def test_a_look_that_failed_is_told(tmp_path: Path) -> None:
 
 
 def sections_text(found: Course) -> str:
-    return " ".join(paragraph for section in checkup._drawn(found) for paragraph in section.text)
+    return " ".join(paragraph for section in health_page._drawn(found) for paragraph in section.text)
 
 
 def test_a_page_knows_when_it_is_out_of_date(tmp_path: Path, undrawn: None) -> None:
     found = courses.course(tmp_path)
-    assert not checkup.current(found.made)
-    checkup.write(found)
-    assert checkup.current(found.made)
+    assert not health_page.current(found.made)
+    health_page.write(found)
+    assert health_page.current(found.made)
     store.commit(found.made.path, {"weights_sha256": "0" * 64})
-    assert not checkup.current(found.made)
-    page = checkup.write(found)
-    assert checkup.current(found.made) and "Healthy: 399 of 400 steps" in visible(page)
+    assert not health_page.current(found.made)
+    page = health_page.write(found)
+    assert health_page.current(found.made) and "Healthy: 399 of 400 steps" in visible(page)
 
 
 def test_the_page_is_kept_while_a_run_goes_on_within_its_share(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undrawn: None
 ) -> None:
     found = courses.course(tmp_path)
-    page, written = found.made.path / checkup.PAGE, []
-    plain = checkup.write
+    page, written = found.made.path / health_page.PAGE, []
+    plain = health_page.write
 
     def counted(given: Course) -> Path:
         written.append(given)
         time.sleep(0.1)
         return plain(given)
 
-    monkeypatch.setattr(checkup, "write", counted)
-    monkeypatch.setattr(checkup, "EVERY", 0.02)
-    with checkup.kept(found.made, found.exp, "scratch", found.shard_sets):
+    monkeypatch.setattr(health_page, "write", counted)
+    monkeypatch.setattr(health_page, "EVERY", 0.02)
+    with health_page.kept(found.made, found.exp, "scratch", found.shard_sets):
         time.sleep(0.2)
         assert not page.exists()  # there is nothing new yet
         (found.made.path / "ray" / "checkpoint_1").mkdir(parents=True)
@@ -187,16 +187,19 @@ def test_the_page_is_kept_while_a_run_goes_on_within_its_share(
 
 def test_a_run_that_fails_leaves_a_page_that_says_why(tmp_path: Path, undrawn: None) -> None:
     found = courses.course(tmp_path)
-    page = found.made.path / checkup.PAGE
+    page = found.made.path / health_page.PAGE
     with (
         pytest.raises(UserError, match="is nan"),
-        checkup.kept(found.made, found.exp, "scratch", found.shard_sets),
+        health_page.kept(found.made, found.exp, "scratch", found.shard_sets),
     ):
         raise UserError("NOT_FINITE", "the loss is nan at step 398")
     assert "Stopped after 399 of 400 steps" in visible(page) and "NOT_FINITE: the loss is nan" in visible(
         page
     )
-    with pytest.raises(KeyboardInterrupt), checkup.kept(found.made, found.exp, "scratch", found.shard_sets):
+    with (
+        pytest.raises(KeyboardInterrupt),
+        health_page.kept(found.made, found.exp, "scratch", found.shard_sets),
+    ):
         raise KeyboardInterrupt
     assert "It was asked to stop" in visible(page) and 'class="verdict good"' in page.read_text()
 
@@ -207,7 +210,7 @@ def test_a_page_that_cannot_be_made_hides_no_error(tmp_path: Path) -> None:
     segment.write_text("{}\n" + segment.read_text())  # damaged
     with (
         pytest.raises(UserError, match="why"),
-        checkup.kept(found.made, found.exp, "scratch", found.shard_sets),
+        health_page.kept(found.made, found.exp, "scratch", found.shard_sets),
     ):
         raise UserError("CODE", "why")
 
