@@ -94,7 +94,12 @@ def test_folders_that_are_links_are_not_entered(tmp_path: Path) -> None:
     root = tree(tmp_path / "raw", "sub-01/anat/sub-01_T1w.nii.gz")
     (root / "sub-02").symlink_to(outside / "sub-02")
     (root / "loop").symlink_to(root)
-    assert [s.subject for s in cohort.scan(card(), root).sessions] == ["01"]
+    found = cohort.scan(card(), root)
+    assert [s.subject for s in found.sessions] == ["01"]
+    assert any("2 folders that are links are not followed, such as loop, sub-02" in n for n in found.notes)
+    (only := tmp_path / "only").mkdir()
+    (only / "sub-02").symlink_to(outside / "sub-02")
+    assert "1 folders that are links" in error(lambda: cohort.scan(card(), only), "NO_SCANS")
 
 
 def test_near_collisions_are_said(tmp_path: Path) -> None:

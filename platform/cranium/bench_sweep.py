@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field
 from rich.console import Console
+from threadpoolctl import threadpool_limits
 
 from cranium import adapt, bench, cluster, embed, recording, store, sweep
 from cranium.config import Experiment, Machine
@@ -51,10 +52,11 @@ def run(spec: Spec, say: Callable[[str], None]) -> bench.Result:
     alone = grid.works[:: max(1, len(grid.works) // 100)]  # some of every fraction
 
     def fits() -> None:
-        for work in alone:
-            cell = work.cell
-            adapt.run_cell(work, grid.folds[f"{cell.task}/{cell.scheme}/{cell.seed}"])
-            shutil.rmtree(work.folder)
+        with threadpool_limits(1):  # as Ray's workers have it
+            for work in alone:
+                cell = work.cell
+                adapt.run_cell(work, grid.folds[f"{cell.task}/{cell.scheme}/{cell.seed}"])
+                shutil.rmtree(work.folder)
 
     def again() -> None:
         whole = sweep.declare(exp, own, sets, features)

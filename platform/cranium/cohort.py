@@ -81,7 +81,8 @@ def scan(
                 "NO_RAW", f"{folder} is no folder; give the one that holds {card.title}: raw.{key}=DIR"
             )
     root = raw.resolve()
-    walked = {path: (size, time) for path, size, time in _walk(root)}
+    links: list[str] = []
+    walked = {path: (size, time) for path, size, time in _walk(root, links)}
     files = {path: size for path, (size, _) in walked.items()}
     unused: Counter[str] = Counter()
     for layout in card.layouts:
@@ -90,12 +91,12 @@ def scan(
             break
         unused.update(refusal.code for refusal in claimed.refused)
     else:
-        raise UserError("NO_SCANS", _nothing_found(card, raw, list(files), unused))
+        raise UserError("NO_SCANS", _nothing_found(card, raw, list(files), links, unused))
     sessions, refused = _sessions(layout, claimed.claims, files)
     refused += claimed.refused
     folders = [Folder(root, list(files))]
     if tables:
-        folders.insert(0, Folder(tables.resolve(), [path for path, *_ in _walk(tables.resolve())]))
+        folders.insert(0, Folder(tables.resolve(), [path for path, *_ in _walk(tables.resolve(), [])]))
     known = [_known(card, layout, session, claimed.claims) for session in sessions]
     read, notes = clinical.join(card, layout.name, known, folders)
     sessions = tuple(replace(s, values=k.values) for s, k in zip(sessions, known, strict=True))
@@ -105,7 +106,8 @@ def scan(
     mapped = {overlap.cohort: translate(overlap, subjects, folders) for overlap in card.overlaps}
     overlap_ids = {other: ids for other, ids in mapped.items() if ids is not None}
     told = (*claimed.notes, *_unused(layout, files, claimed.claims), *_unowned(layout, files, sessions))
-    notes = (*alike, *_off(card, sessions), *told, *notes, *_unmapped(card, mapped))
+    linked = [f"{_links(links)}: bring what they hold below {raw}"] if links else []
+    notes = (*alike, *_off(card, sessions), *told, *linked, *notes, *_unmapped(card, mapped))
     times = {path: walked[path][1] for path, _ in used}
     return CohortTable(root, layout, sessions, refused, used, read, notes, overlap_ids, times)
 
@@ -179,10 +181,15 @@ def _off(card: Card, sessions: tuple[Session, ...]) -> Iterator[str]:
 # ---- files ----------------------------------------------------------------------------------------------------------
 
 
-def _walk(root: Path) -> Iterator[tuple[str, int, int]]:
-    """Path, size and time (ns) of every file, in a fixed order. Folders that are links or hidden are not entered."""
+def _walk(root: Path, links: list[str]) -> Iterator[tuple[str, int, int]]:
+    """Path, size and time (ns) of every file, in a fixed order.
+
+    Hidden folders are not entered, nor are those that are links, which are added to `links`.
+    """
     for folder, folders, names in os.walk(root):
         folders[:] = sorted(f for f in folders if not f.startswith("."))
+        paths = (os.path.join(folder, name) for name in folders)
+        links += [Path(path).relative_to(root).as_posix() for path in paths if os.path.islink(path)]
         for name in sorted(names):
             path = os.path.join(folder, name)
             try:
@@ -228,7 +235,13 @@ def _claimed(
     return _Claimed({key: sorted(claims, key=lambda m: m.order) for key, claims in sorted(found.items())})
 
 
-def _nothing_found(card: Card, raw: Path, paths: list[str], unused: Mapping[str, int]) -> str:
+def _links(links: list[str]) -> str:
+    return f"{len(links)} folders that are links are not followed, such as {', '.join(links[:3])}"
+
+
+def _nothing_found(
+    card: Card, raw: Path, paths: list[str], links: list[str], unused: Mapping[str, int]
+) -> str:
     if unused:
         codes = ", ".join(f"{number} {code}" for code, number in sorted(unused.items()))
         return f"no DICOM series below {raw} can be used as a scan of {card.name}: {codes}; see docs/dicom.md"
@@ -236,6 +249,8 @@ def _nothing_found(card: Card, raw: Path, paths: list[str], unused: Mapping[str,
     contrast, patterns = [*layout.files.items(), ("series", layout.series)][0]
     scans = [p for p in paths if p.endswith((".nii", ".nii.gz"))] or paths
     instead = f"it holds {len(paths)} files, such as {', '.join(scans[:3])}" if paths else "it is empty"
+    if links:
+        instead = f"{_links(links)}, and {instead if paths else 'nothing else is there'}"
     return (
         f"no file below {raw} matches the layout of {card.name} ({contrast}: {' or '.join(patterns)}); {instead}. "
         "Give the folder that these paths start from, or correct `layouts` in the card"
