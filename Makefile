@@ -9,7 +9,7 @@ PORT ?= 5000
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest
 QUIET := RAY_USAGE_STATS_ENABLED=0 MLFLOW_DISABLE_TELEMETRY=true DO_NOT_TRACK=1
 
-.PHONY: help setup demo test test-slow test-all test-gpu check mlflow clean
+.PHONY: help setup demo test test-slow test-all test-gpu check mlflow mlflow-postgres clean
 
 help:  ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 16
@@ -53,6 +53,9 @@ mlflow: $(STAMP)  ## the tracking UI, on loopback only (PORT=5000)
 	@echo "http://127.0.0.1:$(PORT)"
 	@cd $(STORE) && $(QUIET) $(CURDIR)/$(BIN)/mlflow server --backend-store-uri sqlite:///$(STORE)/mlflow.db \
 		--artifacts-destination $(STORE)/mlflow-artifacts --host 127.0.0.1 --port $(PORT) --workers 1
+
+mlflow-postgres: $(STAMP)  ## MLflow on a real Postgres with a password, on loopback (PORT=5000); see docs/tracking.md
+	@PORT=$(PORT) $(BIN)/python deploy/tracking/local.py $(STORE)/tracking
 
 clean:  ## remove caches (not .venv, not the store)
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis build dist
