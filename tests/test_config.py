@@ -37,6 +37,14 @@ def _load(tmp_path: Path, text: str, *overrides: str) -> Experiment:
         ("name: tiny\nname: tiny\ningest: {}", "YAML", "given twice"),
         ("name: tiny\ningest: &x {cohorts: [a]}", "YAML_ALIAS", "write the values out"),
         ("name: !!python/object/apply:os.system [x]", "YAML", "python"),
+        (
+            "name: tiny\na: &a [x]\nb: &b [*a, *a]\nc: [*b, *b]",
+            "YAML_ALIAS",
+            "write the values out",
+        ),  # X5: laughs
+        ("name: " + "[" * 20_000, "YAML", "recursion"),
+        ("name: tiny\nseed: " + "1" * 5000, "YAML", "digits"),
+        ("name: tiny\n" + "#" * (1 << 20), "YAML_SIZE", "which no config is"),
         ("- a\n- b", "YAML", "no mapping"),
         (TINY + "pretrain: {cohorts: [c]}", "CONFIG", "ingest.cohorts does not list"),
         (TINY + "pretrain: {cohorts: [a], batch_size: 12}", "CONFIG", "stream.lanes"),
@@ -140,6 +148,21 @@ def test_shards_may_lie_in_an_object_store() -> None:
             reading.load_machine([f"shards={wrong}"], {})
         message = str(refused.value)
         assert refused.value.code == "CONFIG" and "shards" in message and "secret" not in message
+
+
+@pytest.mark.parametrize("uri", ["http://me:hunter2@host:5000", "postgresql://me:hunter2@host/db"])
+def test_a_password_in_an_address_is_refused(uri: str) -> None:
+    """X6: it would be printed, logged, and sent with a job. The message must not repeat it either."""
+    for settings, environ in (([f"tracking_uri={uri}"], {}), ([], {"CRANIUM_TRACKING_URI": uri})):
+        with pytest.raises(UserError, match="MLFLOW_TRACKING_PASSWORD") as refused:
+            reading.load_machine(settings, environ)
+        assert "hunter2" not in str(refused.value)
+    assert reading.load_machine(["tracking_uri=http://host:5000/a@b"], {}).tracking == "http://host:5000/a@b"
+
+
+@pytest.mark.parametrize("text", ["[" * 5000, "1" * 5000])
+def test_a_setting_that_is_no_yaml_is_text(text: str) -> None:
+    assert reading.nested([f"x={text}"]) == {"x": text}
 
 
 def test_a_user_error_crosses_process_borders_whole() -> None:

@@ -134,3 +134,10 @@ def test_the_trees_of_the_pages_are_the_tree() -> None:
     }
     modules = {f"{p.relative_to(ROOT)}" for p in PACKAGE.glob("*.py") if p.name != "__init__.py"}
     assert {path.rstrip("/") for path in listed} >= folders | modules
+
+
+def test_every_test_that_the_security_page_names_is_there() -> None:
+    named = set(re.findall(r"`(test_\w+)`", (ROOT / "SECURITY.md").read_text()))
+    sources = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    assert {name for name in named if f"def {name}(" not in sources} == set()
+    assert len(named) > 25

@@ -185,6 +185,30 @@ def test_a_manifest_is_read_whole_or_refused(copied: Artefact, content, code: st
         assert error.value.code == code
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../../secret.parquet",
+        "/etc/passwd",
+        "C:\\x.parquet",
+        "shards/%2e%2e/x.parquet",
+        "shards/../x.parquet",
+        "x\0",
+        "x",
+    ],
+)
+def test_a_manifest_that_names_what_is_outside_is_refused(copied: Artefact, name: str) -> None:  # X2
+    path = copied.path / store.MANIFEST
+    whole = json.loads(path.read_text())
+    (copied.path.parent.parent / "secret.parquet").write_bytes(b"x")
+    for change in ({"shards": [whole["shards"][0] | {"file": name}]}, {"tables": {name: "0" * 64}}):
+        path.write_text(json.dumps(whole | change))
+        for look in (trust.check, trust.verify):
+            with pytest.raises(UserError, match="not written by Cranium") as refused:
+                look(copied)
+            assert refused.value.code == "PATH_ESCAPE"
+
+
 def test_a_manifest_with_other_counts_is_reported(copied: Artefact) -> None:
     path = copied.path / store.MANIFEST
     manifest = json.loads(path.read_text())

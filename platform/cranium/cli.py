@@ -515,6 +515,7 @@ def _subject(told: list[str], cohorts: list[str]) -> tuple[str, str]:
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """The console script. Usage errors end in one line and exit code 2."""
+    os.environ.setdefault("DO_NOT_TRACK", "1")
     try:
         code = app(
             args=list(sys.argv[1:] if arguments is None else arguments) or ["--help"],

@@ -28,6 +28,7 @@ from cranium.reading import share
 
 ENVIRONMENT: Mapping[str, str] = {
     "RAY_USAGE_STATS_ENABLED": "0",
+    "DO_NOT_TRACK": "1",  # MLflow, the hub of weights
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",  # the dashboard's Train tab
     "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": "1800",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600",
@@ -190,7 +191,7 @@ def _attached(address: str) -> Iterator[None]:
         raise UserError(
             "ADDRESS", f"{address} takes jobs: use `cranium submit`; to connect, give host:6379 or auto"
         )
-    _set_auth()
+    _set_auth(address)
     in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
     runtime_env = {} if in_job else {"py_modules": [str(Path(__file__).parent)], "excludes": ["__pycache__"]}
     try:
@@ -225,11 +226,27 @@ def _set_environment(variables: Mapping[str, str]) -> None:
         os.environ.setdefault(name, value)
 
 
-def _set_auth() -> None:
-    """Ray's authentication is always explicit: what the user set, else a token when there is one."""
+def _set_auth(address: str) -> None:
+    """Ray's authentication is always explicit: what the user set, else a token when there is one.
+
+    Raises `UserError(NO_TOKEN)` where neither is said and the cluster is on another machine: whoever reaches a cluster
+    that asks for no token can run code on it, so nobody should use one without having said so.
+    """
     token = Path("~/.ray/auth_token").expanduser().is_file()
     given = token or "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ
+    if not given and "RAY_AUTH_MODE" not in os.environ and not _is_here(address):
+        raise UserError(
+            "NO_TOKEN",
+            f"no token for the cluster at {address}: set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH, or "
+            "RAY_AUTH_MODE=disabled if it asks for none (then whoever reaches it can run code there)",
+        )
     os.environ.setdefault("RAY_AUTH_MODE", "token" if given else "disabled")
+
+
+def _is_here(address: str) -> bool:
+    """Whether an address is on this machine (or is a tunnel's end here)."""
+    host = urlparse(address if "://" in address else f"ray://{address}").hostname
+    return address in ("auto", "local") or host in ("127.0.0.1", "localhost", "::1")
 
 
 @contextlib.contextmanager
@@ -295,8 +312,7 @@ def submit(
     if before and before[-1].status not in ENDED:
         return before[-1], False
     attempt = int(before[-1].id.removeprefix(prefix)) + 1 if before else 1
-    local = urlparse(address).hostname in ("127.0.0.1", "localhost", "::1")
-    python = sys.executable if local else "python"  # on another machine: whatever its image calls python
+    python = python_here(address) or "python"  # elsewhere: whatever its image calls python
     with tempfile.TemporaryDirectory(prefix="cranium-job-") as folder:
         _pack(Path(folder), files)
         try:
@@ -311,6 +327,24 @@ def submit(
                 raise UserError("SUBMIT", f"{address} refused the job: {_first_line(error)}", 1) from error
             return job(address, f"{prefix}{attempt}"), False  # someone submitted the same a moment ago
     return job(address, f"{prefix}{attempt}"), True
+
+
+def python_here(address: str) -> str | None:
+    """The interpreter of the cluster whose dashboard is at `address`, where that runs on this machine.
+
+    None where it runs elsewhere: the end of a tunnel has a loopback address, too.
+    """
+    import psutil
+
+    if not _is_here(address):
+        return None
+    for one in psutil.net_connections("tcp"):
+        if one.status == psutil.CONN_LISTEN and one.laddr.port == urlparse(address).port and one.pid:
+            with contextlib.suppress(psutil.Error):
+                words: list[str] = psutil.Process(one.pid).cmdline()
+                if any(word.endswith("ray/dashboard/dashboard.py") for word in words):
+                    return words[0]
+    return None
 
 
 def _pack(folder: Path, files: Mapping[str, str]) -> None:
@@ -389,7 +423,7 @@ def stop(address: str, job_id: str, patience_s: float = 60.0) -> Job:
 
 
 def _client(address: str) -> Any:
-    _set_auth()
+    _set_auth(address)
     from ray.job_submission import JobSubmissionClient
 
     if not address.startswith("http"):

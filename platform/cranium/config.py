@@ -669,6 +669,14 @@ class Machine(Frozen, validate_default=True):
             raise ValueError("no credentials here; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
         return f"s3://{bucket}"
 
+    @field_validator("tracking_uri")
+    @classmethod
+    def _no_password(cls, uri: str | None) -> str | None:
+        # It is printed, logged and sent with a job.
+        if uri and "://" in uri and "@" in uri.split("://", 1)[1].split("/")[0]:
+            raise ValueError("no credentials here; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD")
+        return uri
+
     @property
     def tracking(self) -> str:
         return self.tracking_uri or f"sqlite:///{self.store / 'mlflow.db'}"

@@ -14,7 +14,12 @@ def submit(verb: str, target: Target) -> Outcome:
     """Send a verb on an experiment to the cluster at its address, or find it there, and follow it."""
     machine = target.machine
     address = address_of(machine)
-    facts = machine.model_dump(mode="json", exclude={"address", "raw"}, exclude_none=True)
+    given = machine.model_fields_set - {"address", "raw"}  # defaults are those of the nodes
+    if "store" not in given and not cluster.python_here(address):
+        raise UserError(
+            "NO_STORE", f"the cluster at {address} is elsewhere: give store=, a folder that its nodes share"
+        )
+    facts = machine.model_dump(mode="json", include=given | {"store"}, exclude_none=True)
     arguments = ["experiment.yaml", *(f"{key}={value}" for key, value in facts.items())]
     arguments += [f"raw.{cohort}={folder.absolute()}" for cohort, folder in machine.raw.items()]
     files = {

@@ -52,6 +52,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         content = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise UserError("YAML", f"{path}: {' '.join(str(error).split())}") from error
+    except (RecursionError, ValueError) as error:  # nested a thousand deep; a number of thousands of digits
+        raise UserError("YAML", f"{path}: {error}") from error
     if not isinstance(content, dict):
         raise UserError("YAML", f"{path} holds no mapping; the first line should read `name: ...`")
     return content
@@ -136,7 +138,7 @@ def nested(overrides: Iterable[str]) -> dict[str, Any]:
             raise UserError("USAGE", f"`{item}` is no setting; write key=value, e.g. pretrain.steps=100")
         try:
             value = yaml.load(text, _Loader) if text else None
-        except yaml.YAMLError:
+        except (yaml.YAMLError, RecursionError, ValueError):
             value = text
         branch: Any = value
         for part in reversed(key.split(".")):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from cranium.place import Where, at
 from cranium.store import Artefact
 from cranium.volume import shard
 
+NAMES = re.compile(r"shards/[0-9a-f]{16}\.parquet|[a-z]+\.parquet")  # what a manifest may name
 VERIFIED = "verified.json"  # what shards looked like when their content was last compared with the manifest
 Progress = Callable[[int, int, str], None]
 
@@ -34,7 +36,7 @@ def verify(artefact: Artefact, progress: Progress | None = None) -> list[Problem
 
     `progress(MB read, MB in all, file)`. Raises `UserError` for a manifest that cannot be read.
     """
-    manifest, base = artefact.manifest(), shard.base(artefact.path)
+    manifest, base = _manifest(artefact), shard.base(artefact.path)
     found, total, read = place.names(at(base, "shards")), sum(e["bytes"] for e in manifest["shards"]), 0
     problems, good = [], {}
     for index, entry in enumerate(manifest["shards"]):
@@ -64,7 +66,7 @@ def check(artefact: Artefact) -> None:
     Every shard and table is there with its size and footer. One that has another time stamp (or ETag) than when its
     content was last compared with the manifest is compared again, on a file system; the rows' CRC sees the rest.
     """
-    manifest, base = artefact.manifest(), shard.base(artefact.path)
+    manifest, base = _manifest(artefact), shard.base(artefact.path)
     found, before = place.names(at(base, "shards")), remembered(artefact.path)
     problems = _bad_tables(artefact.path, artefact.path, manifest)
     for index, entry in enumerate(manifest["shards"]):
@@ -79,6 +81,20 @@ def check(artefact: Artefact) -> None:
         raise UserError(first.code, f"{artefact.id}/{first.file} {first.message}{more}; {first.mend}", 1)
     if (now := seen(base, manifest, found)) != before:
         remember(artefact.path, now)
+
+
+def _manifest(artefact: Artefact) -> dict[str, Any]:
+    """Its manifest. Raises `UserError(PATH_ESCAPE)` when that names what is no shard or table of the set."""
+    manifest = artefact.manifest()
+    for name in [*(entry["file"] for entry in manifest["shards"]), *manifest.get("tables", {})]:
+        if not NAMES.fullmatch(name):
+            raise UserError(
+                "PATH_ESCAPE",
+                f"{artefact.path / store.MANIFEST} names {name!r}, which no shard set holds; "
+                f"it was not written by Cranium: remove {artefact.path} and ingest again",
+                1,
+            )
+    return manifest
 
 
 def _no_progress(count: int) -> None: ...
