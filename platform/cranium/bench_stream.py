@@ -24,6 +24,7 @@ from cranium.config import Stream as Mixing
 from cranium.volume import plan
 
 LANES, BATCH = 8, 64
+LONG = 4  # epochs, where what a start costs is of less weight
 
 
 class Spec(bench.Settings):
@@ -51,6 +52,10 @@ def run(spec: Spec, say: Callable[[str], None]) -> bench.Result:
         cases = [
             bench.Case("stream", steps * BATCH, lambda: _streamed(corpus, mixed)),
             bench.Case("stream, no shuffle", steps * BATCH, lambda: _streamed(corpus, in_order)),
+            bench.Case("stream, long", LONG * steps * BATCH, lambda: _streamed(corpus, mixed, LONG)),
+            bench.Case(
+                "stream, long, no shuffle", LONG * steps * BATCH, lambda: _streamed(corpus, in_order, LONG)
+            ),
             bench.Case("torch DataLoader, 2 workers", spec.rows, lambda: _loaded(memmap)),
             bench.Case("pyarrow scan", spec.rows, lambda: _scanned(made.path / "shards")),
             bench.Case("memmap gather", spec.rows, lambda: _gathered(memmap)),
@@ -97,7 +102,10 @@ def _targets(
 
 def _notes(measured: Mapping[str, bench.Measured], memory: Mapping[str, float], growth: int) -> list[str]:
     own, copy, scan = (measured[name] for name in ("stream", "memory copy", "pyarrow scan"))
+    long, plain = (measured[name] for name in ("stream, long", "stream, long, no shuffle"))
     return [
+        f"Over {LONG} epochs, one start: {long.per_second:,.0f} stacks/s, {long.cpu_per_1000:.3f} CPU s per 1,000; "
+        f"shuffle costs {long.cpu_per_1000 / plain.cpu_per_1000:.2f} of none.",
         f"The limit: one memory copy costs {copy.cpu_per_1000:.3f} CPU s per 1,000 stacks, and the stream makes five "
         "(read, decode, hand over, hold, gather) and a CRC: "
         f"{own.cpu_per_1000 / copy.cpu_per_1000:.1f} copies' time in all, "
