@@ -22,9 +22,10 @@ def grid(study: Study) -> sweep.Grid:
     return sweep.declare(study.exp, study.machine, sets(root), features(root))
 
 
-def finish(work: object) -> None:
+def finish(work: object, **more: object) -> None:
     work.folder.mkdir(parents=True)
-    store.commit(work.folder, {"metrics": {"test/auroc": 0.5}, "counts": {"n_train": 4, "n_test": 2}})
+    made = {"metrics": {"test/auroc": 0.5}, "counts": {"n_train": 4, "n_test": 2}}
+    store.commit(work.folder, made | more)
 
 
 def told(study: Study, grid: sweep.Grid) -> tuple[str, dict[str, track.Run]]:
@@ -57,14 +58,18 @@ def test_cells_are_seen_while_the_sweep_goes_on_and_every_run_ends_as_it_did(
     assert told(study, grid)[0] == "KILLED"
 
     broken, *rest = others
+    searched = {"trials": 8, "epochs": 41, "validation_auroc": None, "settings": {"blr": 0.01, "epochs": 4}}
     for work in rest:
-        finish(work)
+        finish(work, search=searched)
     recording.swept(study, grid, {broken.folder.name: "ValueError: no"})
     status, cells = told(study, grid)
     assert status == "FAILED" and len(cells) == len(grid.works)
     assert cells[key[broken.folder.name]].status == "FAILED"
     assert cells[key[broken.folder.name]].tags["failure"] == "ValueError: no"
     assert recording.runs(study, grid.artefact) == {}  # not yet whole
+    run = cells[key[rest[0].folder.name]]  # what its search spent and found
+    assert (run.metrics["search/trials"], run.metrics["search/epochs"]) == (8, 41)
+    assert run.params["searched.blr"] == "0.01" and "search/validation_auroc" not in run.metrics
 
     finish(broken)
     recording.swept(study, grid, {})

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from cranium import probing, segmenting, store, tuning, volumes
+from cranium import probing, segmenting, store, trials, tuning, volumes
 from cranium.cards import Label
 from cranium.config import (
     Attention,
@@ -133,16 +133,8 @@ def run_cell(work: Work | segmenting.Work, folds: Mapping[str, int]) -> dict[str
         return segmenting.run_cell(work, folds)
     if Artefact(work.folder).done:
         return dict(store.read_manifest(work.folder)["metrics"])
-    cell = work.cell
-    tables = {cohort.name: diagnosed(cohort.shard_set, work.task) for cohort in (work.cohort, *work.external)}
-    home = tables.pop(work.cohort.name)
-    fold_of = home["subject"].map(dict(folds)).to_numpy()
-    rest = home[fold_of != cell.fold]
-    labelled = splits.label_fraction(
-        rest["subject"].tolist(), rest["label"].to_numpy(), cell.label_fraction, cell.seed
-    )
-    train, test = home[home["subject"].isin(labelled)], home[fold_of == cell.fold]
-    judged = [(work.cohort, test), *((cohort, tables[cohort.name]) for cohort in work.external)]
+    train, test = divided(work, folds)
+    judged = [(work.cohort, test), *((c, diagnosed(c.shard_set, work.task)) for c in work.external)]
     found, notes = _learnt(work, train, judged)
     predictions = pd.concat(
         [
@@ -163,25 +155,45 @@ def run_cell(work: Work | segmenting.Work, folds: Mapping[str, int]) -> dict[str
     return scores
 
 
+def divided(work: Work, folds: Mapping[str, int]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The subjects a cell is learnt from, as many as its label fraction leaves, and those of its fold."""
+    cell, home = work.cell, diagnosed(work.cohort.shard_set, work.task)
+    fold_of = home["subject"].map(dict(folds)).to_numpy()
+    rest = home[fold_of != cell.fold]
+    labelled = splits.label_fraction(
+        rest["subject"].tolist(), rest["label"].to_numpy(), cell.label_fraction, cell.seed
+    )
+    return home[home["subject"].isin(labelled)], home[fold_of == cell.fold]
+
+
+def learn(work: Work, spec: Finetune, train: pd.DataFrame, tell: tuning.Tell | None = None) -> tuning.Tuned:
+    """A network with these settings on the cell's labelled subjects."""
+    assert work.start is not None
+    return tuning.learn(
+        work.start,
+        spec,
+        work.cohort.shard_set,
+        train,
+        pool=work.task.pool,
+        num_classes=len(work.task.classes),
+        seed=work.cell.seed,
+        tell=tell,
+    )
+
+
 def _learnt(
     work: Work, train: pd.DataFrame, judged: Sequence[tuple[Cohort, pd.DataFrame]]
 ) -> tuple[list[Array], dict[str, Any]]:
     """Class probabilities of every judged table, and what the manifest keeps of how they were learnt."""
     cell, labels, classes = work.cell, train["label"].to_numpy(), len(work.task.classes)
     match work.spec:
-        case Finetune() as spec:
-            assert work.start is not None
-            tuned = tuning.learn(
-                work.start,
-                spec,
-                work.cohort.shard_set,
-                train,
-                pool=work.task.pool,
-                num_classes=classes,
-                seed=cell.seed,
-            )
+        case Finetune() as declared:
+            can_select = bool(tuning.hold_out(train, declared.validation, cell.seed))
+            spec, search = trials.settled(declared, work.folder, can_select)
+            tuned = learn(work, spec, train)
             curve = tuned.curve
             notes = {
+                "search": search,
                 "chosen_by": f"epoch {curve.epoch} of {spec.epochs}, {curve.chosen_by}",
                 "n_validation": len(tuned.held_out),
                 "loss": [round(value, 6) for value in curve.loss],

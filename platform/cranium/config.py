@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 Contrast = Literal["T1w", "T2w", "FLAIR", "T1ce", "PDw"]
 Init = str  # one of INITS, or run:<id>
@@ -429,6 +429,59 @@ class Augment(Frozen):
     noise: float = Field(0.02, ge=0)
 
 
+Setting = Literal[
+    "epochs",
+    "batch_size",
+    "slices",
+    "blr",
+    "min_lr",
+    "warmup",
+    "layer_decay",
+    "weight_decay",
+    "drop_path",
+    "label_smoothing",
+    "class_weights",
+    "rank",
+    "alpha",
+]
+Choice = Annotated[float | str, Field(union_mode="left_to_right")]
+
+
+class Range(Frozen):
+    """From `low` to `high`, both included, in whole numbers where the setting is one."""
+
+    low: float
+    high: float
+    log: bool = False  # even on a log scale
+
+    @model_validator(mode="after")
+    def _rising(self) -> Self:
+        if not self.low < self.high:
+            raise ValueError(f"low must be below high; these are {self.low:g} and {self.high:g}")
+        if self.log and self.low <= 0:
+            raise ValueError("log: true wants low above 0")
+        return self
+
+
+class Asha(Frozen):
+    """Asynchronous successive halving (Li et al. 2020), in shares of a trial's own schedule.
+
+    At `grace`, grace x reduction, ... a trial ends unless it is among the best 1 / reduction that came so far.
+    """
+
+    grace: float = Field(0.3, gt=0, le=1)
+    reduction: int = Field(3, ge=2)
+
+
+class Search(Frozen):
+    """Better settings for each cell, found inside its own labelled subjects: docs/adapting.md."""
+
+    trials: int = Field(ge=2)  # of every cell, those that ASHA ends early among them
+    space: dict[Setting, Range | tuple[Choice, ...]] = Field(min_length=1)
+    asha: Asha | None = Asha()  # null: every trial goes to its end
+    seed: int = 0
+
+
 class Finetune(Frozen):
     """All of the backbone, by the recipe of RETFound (Zhou et al. 2023); lengths in epochs over labelled subjects."""
 
@@ -451,12 +504,58 @@ class Finetune(Frozen):
     validation: float = Field(0.25, gt=0, le=0.5)  # of the labelled subjects, to select the epoch
     precision: Literal["bf16", "fp32"] = "bf16"  # on a GPU; the CPU takes fp32
     augment: Augment = Augment()
+    search: Search | None = None  # None: the settings above, as declared
 
     @model_validator(mode="after")
     def _warm(self) -> Self:
         if self.warmup >= self.epochs:
             raise ValueError("warmup must be below epochs; both are epochs")
         return self
+
+    @model_validator(mode="after")
+    def _searchable(self) -> Self:
+        for name, space in self.search.space.items() if self.search else ():
+            key = f"search.space.{name}"
+            if name not in type(self).model_fields:
+                raise ValueError(f"{key}: only lora has a {name}")
+            ends = [space.low, space.high] if isinstance(space, Range) else list(space)
+            if len(set(ends)) < 2:
+                raise ValueError(f"{key}: give two values at least; there is nothing to search")
+            tried = [self.with_settings({name: end}, key) for end in ends]
+            declared, values = getattr(self, name), [getattr(one, name) for one in tried]
+            inside = values[0] <= declared <= values[1] if isinstance(space, Range) else declared in values
+            if not inside:
+                raise ValueError(
+                    f"{key} leaves out the declared {name}, {declared}, which is the first trial; take it in, or "
+                    f"declare another {name}"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _grace_is_warm(self) -> Self:
+        if not self.search or not self.search.asha:
+            return self
+        grace = self.search.asha.grace
+        shortest, longest = min(self._can_be("epochs")), max(self._can_be("warmup"))
+        if longest > grace * shortest:
+            raise ValueError(
+                f"search.asha.grace: {grace:g} of {shortest:g} epochs is over before {longest:g} epochs of warm-up; "
+                "raise grace or epochs, or lower warmup"
+            )
+        return self
+
+    def _can_be(self, name: Literal["epochs", "warmup"]) -> tuple[float, ...]:
+        space = self.search.space.get(name) if self.search else None
+        if space is None:
+            return (getattr(self, name),)
+        return (space.low, space.high) if isinstance(space, Range) else tuple(map(float, space))
+
+    def with_settings(self, settings: Mapping[str, Any], where: str = "settings") -> Self:
+        """The same with these settings, and nothing left to search. Raises ValueError for a value that none can be."""
+        try:
+            return type(self).model_validate(self.model_dump() | {"search": None} | dict(settings))
+        except ValidationError as error:
+            raise ValueError(f"{where}: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None
 
 
 class Lora(Finetune):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
-from cranium.config import Experiment
+from cranium.config import Adapt, Experiment
 from cranium.dinov2 import cost as estimates
 from cranium.dinov2.cost import Cost
 
@@ -29,6 +30,12 @@ def pretraining(exp: Experiment) -> Cost:
     )
 
 
+def _searches(spec: Adapt) -> Iterator[tuple[str, str]]:
+    for way, of in (("finetune", spec.finetune), ("lora", spec.lora)):
+        if of.search:
+            yield way, f"{of.search.trials} trials for each of its cells, then the cell itself"
+
+
 def estimate(exp: Experiment) -> dict[str, Any]:
     """What `cranium show` says of steps, stacks, FLOPs, GPU-hours and cells."""
     cost: dict[str, Any] = {"declared cost": exp.cost} if exp.cost else {}
@@ -48,4 +55,7 @@ def estimate(exp: Experiment) -> dict[str, Any]:
         folds = exp.sweep.folds * exp.sweep.group_by.count("subject")
         others = [scheme for scheme in exp.sweep.group_by if scheme != "subject"]
         cost["cells"] = f"{grid * folds}" + "".join(f" + {grid} for each {scheme}" for scheme in others)
+        cost |= {
+            f"search of {way}": said for way, said in _searches(exp.adapt) if way in exp.sweep.adaptation
+        }
     return cost

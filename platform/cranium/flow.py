@@ -248,6 +248,7 @@ def sweep(study: Study, sets: Mapping[str, Artefact] | None = None, features: Fe
             for cohort in {c.name for work in grid.missing for c in (work.cohort, *work.external)}:
                 trust.check(sets[cohort])
         with (
+            store.lock(study.machine.store, grid.artefact.id),
             study.stage(f"sweep ({cells} of {len(grid.works)} cells)") as tell,
             cluster.connect(study.machine),
             recording.sweeping(study, grid, tell) as live,

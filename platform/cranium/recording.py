@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 JOURNALS = ("journal", "monitor/journal")  # of a pretraining: its steps, and the looks at its teacher
 LIVE_SECONDS = 10.0  # how often a running stage is sent on
+SEARCH = ("trials", "ended_early", "diverged", "epochs", "validation_auroc", "declared_validation_auroc")
 PART = ".part.json"  # of a mark: what of a sweep was sent so far
 
 
@@ -225,19 +226,22 @@ def _send_cells(
 def _send_cell(study: Study, work: Work, parent: str, commit: str, failure: str = "") -> str:
     cell = work.cell.model_dump(mode="json")
     tags = {k: track.plain(v) for k, v in cell.items()} | {"stage": "adapt", "git": commit, **dict(work.tags)}
-    scores: dict[str, float] = {}
+    params, scores = track.flatten(cell), dict[str, float]()
     if failure:
         tags["failure"] = failure
     else:
         manifest = store.read_manifest(work.folder)
         scores = {k: v for k, v in manifest["metrics"].items() if v is not None}
         scores |= {k: float(manifest["counts"][k]) for k in ("n_train", "n_test")}
+        if search := manifest.get("search"):
+            scores |= {f"search/{k}": float(search[k]) for k in SEARCH if search.get(k) is not None}
+            params |= track.flatten(search.get("settings", {}), "searched.")
     return _tracker(study).record(
         Artefact(work.folder).id,
         work.cell.name,
         parent,
         tags,
-        track.flatten(cell),
+        params,
         scores,
         "FAILED" if failure else "FINISHED",
     )

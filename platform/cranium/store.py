@@ -124,7 +124,7 @@ def lock(store: Path, name: str) -> Iterator[None]:
 
     The kernel frees it when the process dies, so a killed run never leaves a stale lock.
     """
-    path = store / "locks" / f"{name.replace('/', '-')}.lock"
+    path = lock_file(store, name)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+") as file:
         try:
@@ -139,6 +139,11 @@ def lock(store: Path, name: str) -> Iterator[None]:
         file.write(f"process {os.getpid()} on {os.uname().nodename}")
         file.flush()
         yield
+
+
+def lock_file(store: Path, name: str) -> Path:
+    """What `lock` locks; written when somebody takes the lock."""
+    return store / "locks" / f"{name.replace('/', '-')}.lock"
 
 
 def find(store: Path, stage: str, name: str = "*") -> list[Artefact]:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from cranium import adapt, checkpoint, leakage, segmenting, store, tuning
+from cranium import adapt, checkpoint, leakage, progress, segmenting, store, tuning
 from cranium.config import (
     FROZEN,
     WITHOUT_BACKBONE,
@@ -37,7 +37,7 @@ from cranium.store import Artefact
 from cranium.tasks import splits
 from cranium.watch import repeatedly
 
-Progress = Callable[[int, int, str], None]
+Tell = Callable[[int, int, str], None]
 # (init, cohort) -> features; (init, cohort, adaptation) -> tokens for the decoder of that adaptation
 Features = Mapping[tuple[str, ...], Artefact]
 Weights = Mapping[str, Artefact]  # init -> the pretraining behind it
@@ -243,17 +243,24 @@ def _identity(start: tuning.Start) -> dict[str, Any]:
     return asdict(start) | {"weights": weights, "pretrained": made}
 
 
-def sweep(grid: Grid, exp: Experiment, progress: Progress | None = None) -> dict[str, str]:
+def sweep(grid: Grid, exp: Experiment, tell: Tell | None = None) -> dict[str, str]:
     """Run what is missing of the grid; returns the cells that failed: folder name -> reason.
 
     Cells that fail leave the others alone, and are tried again next time; the grid is committed once it is whole.
     """
     assert exp.sweep
+    progress.announce(grid.artefact, (work.folder for work in grid.works))
     missing, compute = grid.missing, exp.sweep.compute
     failures: dict[str, str] = {}
     for frozen, resources in ((True, compute), (False, compute.tuned)):
-        if part := tuple(work for work in missing if (work.cell.adaptation in FROZEN) == frozen):
-            failures |= _run(f"{grid.artefact.path.name}-{len(part)}", grid, part, resources, progress)
+        part = tuple(work for work in missing if (work.cell.adaptation in FROZEN) == frozen)
+        failures |= _searched(grid, part, resources, tell)
+        if part := tuple(work for work in part if work.folder.name not in failures):
+            failures |= _run(f"{grid.artefact.path.name}-{len(part)}", grid, part, resources, tell)
+    for work in missing:
+        if reason := failures.get(work.folder.name):
+            progress.failed(work.folder, reason)
+    progress.mended(work.folder for work in missing)
     if not failures and (missing or not grid.artefact.done):
         store.write_atomic(
             grid.artefact.path / "splits.json", json.dumps(grid.folds, indent=1, sort_keys=True)
@@ -270,8 +277,23 @@ def sweep(grid: Grid, exp: Experiment, progress: Progress | None = None) -> dict
     return failures
 
 
+def _searched(grid: Grid, part: tuple[Work, ...], compute: Compute, tell: Tell | None) -> dict[str, str]:
+    """Search for the settings of those cells that are to be searched for; name -> reason of those that failed."""
+    asked = [work for work in part if isinstance(work, adapt.Work)]
+    if not any(isinstance(work.spec, Finetune) and work.spec.search for work in asked):
+        return {}
+    from cranium import searching  # it brings Tune
+
+    each = [(w, grid.folds[f"{w.cell.task}/{w.cell.scheme}/{w.cell.seed}"]) for w in asked]
+    wanted = [(work, folds) for work, folds in each if searching.wanted(work, folds)]
+    if not wanted:
+        return {}
+    name, storage = f"{grid.artefact.path.name}-search", grid.artefact.path.parent / ".tune"
+    return searching.search(name, storage, wanted, compute, tell or (lambda done, total, text: None))
+
+
 def _run(
-    name: str, grid: Grid, part: tuple[Work, ...], compute: Compute, progress: Progress | None
+    name: str, grid: Grid, part: tuple[Work, ...], compute: Compute, tell: Tell | None
 ) -> dict[str, str]:
     """Run these cells, each a trial with the resources of `compute`; name -> reason of those that failed."""
     from ray import tune
@@ -290,13 +312,13 @@ def _run(
         ),
     )
 
-    def tell() -> None:
-        if progress:
-            progress(len(grid.works) - len(grid.missing), len(grid.works), "cells")
+    def count() -> None:
+        if tell:
+            tell(len(grid.works) - len(grid.missing), len(grid.works), "cells")
 
-    with repeatedly(tell, 0.5):
+    with repeatedly(count, 0.5):
         results = tuner.fit()
-    tell()
+    count()
     return {
         part[result.config["cell"]].folder.name: str(result.error).strip().splitlines()[-1]
         for result in results
@@ -312,5 +334,9 @@ def _trial(config: dict[str, Any], works: tuple[Work, ...], folds: Mapping[str, 
     torch.set_num_threads(threads)
     work = works[config["cell"]]
     cell = work.cell
-    scores = adapt.run_cell(work, folds[f"{cell.task}/{cell.scheme}/{cell.seed}"])
+    try:
+        scores = adapt.run_cell(work, folds[f"{cell.task}/{cell.scheme}/{cell.seed}"])
+    except Exception as error:  # said at once, for who looks on
+        progress.failed(work.folder, f"{type(error).__name__}: {error}")
+        raise
     tune.report({name: value for name, value in scores.items() if value is not None})

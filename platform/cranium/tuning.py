@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,6 +34,7 @@ from cranium.tasks import metrics, splits
 Array = NDArray[Any]
 RECIPE = 1
 CHUNK = 64  # slices in one forward pass where nothing is learnt
+Tell = Callable[[float, float], None]  # AUROC and log-loss of the validation subjects after an epoch
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,7 @@ def learn(
     pool: Pool,
     num_classes: int,
     seed: int,
+    tell: Tell | None = None,
 ) -> Tuned:
     """Fine-tune on the subjects of `labelled` (subject, session, label, matched), a part of which selects the epoch."""
     held = hold_out(labelled, spec.validation, seed)
@@ -104,7 +106,7 @@ def learn(
         lora.add(encoder.vit, spec.rank, spec.alpha, seed)
     model = Classifier(encoder, features=start.features, pool=pool, num_classes=num_classes, seed=seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    curve = fit(model.to(device), train, validation if held else None, spec, seed)
+    curve = fit(model.to(device), train, validation if held else None, spec, seed, tell)
     return Tuned(model, curve, tuple(held), start, spec)
 
 
@@ -150,7 +152,14 @@ def hold_out(labelled: pd.DataFrame, share: float, seed: int) -> list[str]:
 # ---- learning -------------------------------------------------------------------------------------------------------
 
 
-def fit(model: Classifier, train: Examples, validation: Examples | None, spec: Finetune, seed: int) -> Curve:
+def fit(
+    model: Classifier,
+    train: Examples,
+    validation: Examples | None,
+    spec: Finetune,
+    seed: int,
+    tell: Tell | None = None,
+) -> Curve:
     """Train `model` in place and leave it with the weights of the selected epoch.
 
     Selected is the epoch with the highest validation AUROC (macro one-vs-rest), of equals the one with the lowest
@@ -187,6 +196,8 @@ def fit(model: Classifier, train: Examples, validation: Examples | None, spec: F
         if validation is not None:
             score = _validated(model, validation, spec)
             aurocs.append(score[0])
+            if tell:
+                tell(score[0], -score[1])
             if score > best:
                 best, chosen = score, epoch + 1
                 kept = copy.deepcopy({name: p.detach() for name, p in trained(model)})
