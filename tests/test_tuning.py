@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import load_file
 from sklearn.metrics import roc_auc_score
 
 from cranium import tuning
@@ -17,6 +18,7 @@ from cranium.config import Augment, Finetune, Lora, UserError
 from cranium.models.classifier import Classifier
 from cranium.models.vit import build
 from cranium.tuning import Examples, Start
+from cranium.volume import shard
 from shards import shard_set
 
 STILL = Augment(flip=0, rotate=0, scale=0, shift=0, gamma=0, contrast=0, bias_field=0, blur=0, noise=0)
@@ -191,10 +193,20 @@ def learnt(folder: Path, spec: Finetune, start: Start = START, pool: str = "mean
 def test_frozen_layers_stay_and_only_low_rank_updates_and_the_head_learn(tmp_path: Path) -> None:
     spec = Lora(epochs=3, warmup=0, batch_size=4, blr=0.1, slices=2, max_slices=3, validation=0.5)
     tuned = learnt(tmp_path, spec)
-    start = tuning._encoder(START, spec, 3, 28)
+    start, _ = tuning._encoder(START, spec, 3, 28)
     after = {n.replace(".frozen", ""): p for n, p in tuned.model.encoder.named_parameters()}
     assert all(torch.equal(p, after[n]) for n, p in start.named_parameters())
     assert any(bool(p.detach().any()) for n, p in after.items() if n.endswith("up"))
+    tuning.save(tuned.model, tmp_path / "head.safetensors")
+    kept = load_file(tmp_path / "head.safetensors")
+    assert {n.rpartition(".")[2] for n in kept if n.startswith("encoder.")} == {"up", "down"}
+    again, _ = tuning.build(START, spec, (3, 1, 28, 28), pool="mean", num_classes=2, seed=0)
+    tuning.load(again, tmp_path / "head.safetensors")
+    pairs = zip(again.parameters(), tuned.model.parameters(), strict=True)
+    assert all(torch.equal(ours, theirs) for ours, theirs in pairs)
+    other, _ = tuning.build(START, FAST, (3, 1, 28, 28), pool="mean", num_classes=2, seed=0)
+    with pytest.raises(UserError, match="other tensors"):
+        tuning.load(other, tmp_path / "head.safetensors")
 
 
 @pytest.mark.parametrize("pool", ["max", "attention"])
@@ -213,6 +225,7 @@ def test_a_damaged_row_is_never_learnt_from(tmp_path: Path) -> None:
     raw = bytearray(file.read_bytes())
     raw[len(raw) // 3] ^= 1
     file.write_bytes(raw)
-    with pytest.raises(UserError, match="cranium verify") as refused:
+    with pytest.raises(UserError) as refused:
         tuning.learn(START, FAST, made.path, table(12), pool="mean", num_classes=2, seed=0)
-    assert refused.value.code.startswith("SHARD_")
+    assert refused.value.code.startswith("SHARD_") and str(refused.value).count(shard.MEND) == 1
+    assert str(refused.value).endswith(shard.MEND)  # what to do is said once

@@ -1,4 +1,4 @@
-"""One cell of a grid: learnt from its labelled subjects, judged on its fold and on external cohorts.
+"""One cell of a grid: learnt from its labelled subjects, judged on its fold and on external cohorts, kept.
 
 `run_cell` is a plain function that knows neither Ray nor Tune. How a cell is learnt is `probing`'s (on features that
 are computed once) or `tuning`'s (from pixels). Everything tuned is tuned inside the cell's own labelled subjects.
@@ -7,7 +7,7 @@ are computed once) or `tuning`'s (from pixels). Everything tuned is tuned inside
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from cranium import probing, segmenting, store, trials, tuning, volumes
 from cranium.cards import Label
 from cranium.config import (
+    WITHOUT_BACKBONE,
     Attention,
     Cell,
     Classification,
@@ -33,8 +34,9 @@ from cranium.tasks import classification, metrics, splits
 
 Array = NDArray[Any]
 
-RECIPE = 2  # 2: how a cell is learnt is an axis
+RECIPE = 3  # 3: what was learnt is kept; 2: how a cell is learnt is an axis
 PREDICTIONS = "predictions.parquet"
+HEAD = "head.safetensors"  # what was learnt, beside the predictions that it made
 
 
 @dataclass(frozen=True)
@@ -198,19 +200,32 @@ def _learnt(
                 "n_validation": len(tuned.held_out),
                 "loss": [round(value, 6) for value in curve.loss],
                 "validation_auroc": [round(value, 6) for value in curve.validation_auroc],
+                "settled": spec.model_dump(mode="json"),
+                "start": _began(tuned),
             }
+            if spec.keep:
+                tuning.save(tuned.model, work.folder / HEAD)
             return [tuned.predict(cohort.shard_set, table) for cohort, table in judged], notes
         case Attention() as spec:
             some = [probing.bags(_features(cohort), table) for cohort, table in judged]
             bags = probing.bags(_features(work.cohort), train)
-            found, chosen_by = probing.attended(spec, bags, labels, some, classes, cell.seed)
+            attending = probing.of_slices(spec, bags, labels, classes, cell.seed)
+            probing.save(attending, work.folder / HEAD)
+            found, chosen_by = [attending.predict(bags) for bags in some], attending.chosen_by
         case spec:
             own, *others = _vectors(work, [(work.cohort, train), *judged])
-            found, chosen_by = probing.vectors(spec, own, labels, others, classes, cell.seed)
-    return found, {
-        "chosen_by": chosen_by,
-        "n_validation": 0,
-    }  # chosen by inner folds of the training subjects
+            probe = probing.of_vectors(spec, own, labels, classes, cell.seed)
+            if cell.init not in WITHOUT_BACKBONE:
+                probing.save(probe, work.folder / HEAD)
+            found, chosen_by = [probe.predict(features) for features in others], probe.chosen_by
+    # Chosen by inner folds of the training subjects.
+    return found, {"chosen_by": chosen_by, "n_validation": 0}
+
+
+def _began(tuned: tuning.Tuned) -> dict[str, Any]:
+    """What a manifest says of where a network started: enough to build it again."""
+    start = {name: v for name, v in asdict(tuned.start).items() if name not in ("weights", "pretrained")}
+    return start | {"source": tuned.source and asdict(tuned.source)}
 
 
 def _vectors(work: Work, parts: Sequence[tuple[Cohort, pd.DataFrame]]) -> list[Array]:
@@ -272,6 +287,7 @@ def _commit(
             "counts": counts,
             "metrics": dict(scores),
             "undefined": dict(undefined),
+            "head_sha256": store.sha256(work.folder / HEAD) if (work.folder / HEAD).is_file() else None,
             **notes,
             "tags": dict(work.tags),
             "inputs": [

@@ -399,28 +399,37 @@ def export(
 @app.command()
 def predict(
     run: Annotated[
-        str, typer.Argument(metavar="CELL", help="a finished cell of segmentation: its folder's name")
+        str, typer.Argument(metavar="CELL", help="a finished cell: its folder's name, or the hex at its end")
     ],
     settings: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[key=value]...", help="scan.T1w=FILE mask=FILE, or bids=DIR; out= weights= store="
+            metavar="[key=value]...",
+            help="scan.T1w=FILE mask=FILE, or session=DIR, or bids=DIR card=; out= weights= store=",
         ),
     ] = None,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """A label map on the voxels of a scan nobody has labelled."""
+    """Class probabilities, or a label map, of scans nobody has labelled."""
 
     def work() -> Outcome:
+        from rich.console import Console
+
         from cranium import predict as stage
+        from cranium import trained, unseen
+        from cranium.study import bar
 
         facts, own = parted(settings or ())
-        spec = reading.validated(stage.Spec, reading.nested(own), "predict")
+        spec = reading.validated(unseen.Spec, reading.nested(own), "predict")
         machine = reading.load_machine(facts)
-        written = stage.predict(machine, stage.find(machine.store, run), spec)
-        print("\n".join(str(path) for path in written))
-        return Outcome(0, {"maps": [str(path) for path in written]})
+        made = trained.find(machine.store, run)
+        with bar(Console(stderr=True), "predict") as tell:
+            done, refused = stage.predict(machine, made, spec, tell)
+        stage.show(made, done, refused, spec, Console(highlight=False))
+        files = [str(one.path) for one in done]
+        left_out = [f"{one.subject} {one.session}".strip() for one in refused]
+        return Outcome(3 if refused else 0, {"run": made.cell.path.name, "made": files, "left_out": left_out})
 
     finish("predict", work, json, debug)
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,18 +19,19 @@ import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 
-from cranium import checkpoint, shardset, store, stream
+from cranium import checkpoint, sessions, shardset, store, stream
 from cranium.config import Experiment, Machine, UserError
 from cranium.models import vit
 from cranium.store import Artefact
 from cranium.volume import shard
 
-RECIPE = 2  # 2: position tables are resampled by the rule of the weights, not by timm's
+RECIPE = (
+    3  # 3: the manifest says how; 2: position tables are resampled by the rule of the weights, not by timm's
+)
 FEATURES = "features.parquet"
 IDENTITY = ["cohort", "subject", "session", "slice", "present"]
 
 Progress = Callable[[int, int, str], None]
-Fill = Literal["zero", "replicate"]  # of absent contrasts
 
 
 def artefact(
@@ -82,7 +83,9 @@ def embed(
         store.commit(
             made.path,
             {
-                **provenance(init, shard_set, manifest, source),
+                **provenance(exp, init, shard_set, manifest, source),
+                "features": list(exp.embed.features),
+                "batch_size": exp.embed.batch_size,
                 "dim": backbone.embed_dim * len(exp.embed.features),
                 "rows": rows,
                 "seconds": round(time.monotonic() - started, 3),
@@ -92,9 +95,9 @@ def embed(
 
 
 def provenance(
-    init: str, shard_set: Artefact, manifest: dict[str, Any], source: checkpoint.Source
+    exp: Experiment, init: str, shard_set: Artefact, manifest: dict[str, Any], source: checkpoint.Source
 ) -> dict[str, Any]:
-    """What a manifest of embedded stacks says of where they come from."""
+    """What a manifest of embedded stacks says of where they come from: enough to embed another scan alike."""
     return {
         "stage": "embed",
         "init": init,
@@ -102,6 +105,8 @@ def provenance(
         "shard_set": shard_set.id,
         "channels": manifest["channels"],
         "source": asdict(source),
+        "seed": exp.embed.seed,
+        "fill": exp.stream.fill,
     }
 
 
@@ -189,7 +194,10 @@ def mapped(
     )
     dataset.context.execution_options = ExecutionOptions(preserve_order=True)
     dataset.context.enable_progress_bars = False
-    yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow")
+    try:
+        yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow")
+    except Exception as error:
+        raise stream.explained(error) from error
 
 
 class Encoder:
@@ -201,7 +209,7 @@ class Encoder:
         features: tuple[str, ...],
         batch_size: int,
         threads: int | None,
-        fill: Fill = "zero",
+        fill: sessions.Fill = "zero",
     ) -> None:
         import ray
 
@@ -222,8 +230,9 @@ class Encoder:
         shard.check_rows(table, f"{file}, row group {index}")
         stacks = shard.pixels(table)
         if self.fill == "replicate":  # as the stream filled them when the backbone was trained
-            bits = np.asarray(table["present"])[:, None] >> np.arange(stacks.shape[1]) & 1
-            stacks = stream.replicate(torch.from_numpy(stacks.copy()), torch.from_numpy(bits > 0)).numpy()
+            stacks = sessions.filled(
+                torch.from_numpy(stacks.copy()), table["present"].to_numpy(), self.fill
+            ).numpy()
         return table, stacks
 
     def _row_group(self, file: str, index: int) -> pa.Table:

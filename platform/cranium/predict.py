@@ -1,208 +1,132 @@
-"""Scans and a finished cell of segmentation -> a label map on each scan's own voxels, a picture, and where it is from.
+"""Scans and a finished cell -> class probabilities or a label map of each, a picture, and where it is from.
 
-A scan goes the way of ingest with the preprocessing that the cell was trained on, so there is no other it could have.
-What the cell does not fit is refused: another choice of contrasts, weights that are no longer those it learnt with.
+A scan goes the way of ingest with the preprocessing that the cell was trained on (`unseen.py`), then through the
+weights it learnt with and what it learnt. In a tree what does not fit is left out and told, and all else is done.
 """
 
 from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from pydantic import Field
-from safetensors.torch import load_file
+import rich.box
+import rich.console
+import rich.table
 
-import cranium
-from cranium import cards, checkpoint, cohort, conform, provisions, restitch, segmenting, store, tokens
-from cranium.config import Cell, Decoder, Frozen, Ingest, Machine, Segmentation, UserError
-from cranium.figures import overlay
-from cranium.store import Artefact
-from cranium.volume import shard
+from cranium import predict_classification, predict_segmentation, store, unseen
+from cranium.config import Machine, UserError
+from cranium.figures.page import Table
+from cranium.trained import Trained
+from cranium.unseen import Refused, Seen, Spec
 
-BATCH = 16  # slices in one forward pass
+TABLE = "predictions.csv"
+SUFFIX = {"segmentation": "dseg", "classification": "pred"}
+PARTS = {  # of a cell's own cohorts -> what a reader must know
+    "test": "{who} of the cell's test fold",
+    "external": "{who} of the cell's external cohort",
+    "training": "{who} of the cell's own cohort: it may have learnt from it",
+}
 
-
-class Spec(Frozen):
-    """What `cranium predict` takes beside the cell and machine facts."""
-
-    scan: dict[str, Path] = Field(default_factory=dict)  # contrast -> file, of one session
-    mask: Path | None = None  # of its brain, on one of the scans' voxels; None: as the preprocessing finds it
-    bids: Path | None = None  # or a BIDS tree: every session that has the contrasts
-    out: Path = Path("predictions")
+Tell = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)
-class Trained:
-    """A finished cell with what it was made from."""
+class Predicted:
+    """One session: its JSON, and what that says."""
 
-    cell: Artefact
-    shards: dict[str, Any]  # manifests
-    tokens: dict[str, Any]
-
-    @property
-    def task(self) -> Segmentation:
-        manifest = self.cell.manifest()
-        classes = {name: manifest["task"]["classes"][name] for name in manifest["classes"]}  # in their order
-        return Segmentation.model_validate(manifest["task"] | {"classes": classes})
-
-    @property
-    def channels(self) -> tuple[str, ...]:
-        return tuple(self.shards["channels"])
+    path: Path
+    about: Mapping[str, Any]
 
 
-def find(folder: Path, run: str) -> Trained:
-    """The finished cell of the store `folder` with this name, or with the eight hex digits at its end."""
-    wanted = run.removeprefix("run:")
-    cells = [made for made in store.find(folder, "adapt") if made.path.name.endswith(wanted)]
-    if len(cells) != 1:
-        raise UserError(
-            "NO_RUN", f"{run} names {len(cells)} finished cells of {folder / 'adapt'}; give a folder's name"
-        )
-    manifest = cells[0].manifest()
-    if manifest["task"]["task"] != "segmentation":
-        raise UserError(
-            "NO_RUN", f"{run} is a {manifest['task']['task']}; only segmentations keep what predicts"
-        )
-    (shards, made), *_ = manifest["inputs"]
-    return Trained(
-        cells[0],
-        store.read_manifest(folder / "ingest" / shards),
-        store.read_manifest(folder / "embed" / made),
-    )
+def predict(
+    machine: Machine, made: Trained, spec: Spec, tell: Tell = lambda done, total, text: None
+) -> tuple[list[Predicted], list[Refused]]:
+    """Predict every session asked for, each into files of its name in `spec.out`, and all into `predictions.csv`.
+
+    What a tree holds and does not fit is told, not predicted; where nothing fits, and of scans that are named one by
+    one, it is raised: `UserError(CONTRASTS | REJECTED | WEIGHTS | NO_HEAD | ...)`.
+    """
+    wanted, refused = unseen.asked(made, spec)
+    match made.manifest["task"]["task"]:
+        case "segmentation":
+            model: Any = predict_segmentation.Model(made, machine)
+        case _:
+            model = predict_classification.Model(made, machine)
+    done: list[Predicted] = []
+    spec.out.mkdir(parents=True, exist_ok=True)
+    for number, session in enumerate(wanted):
+        tell(number, len(wanted), session["subject"])
+        with tempfile.TemporaryDirectory() as work:
+            try:
+                seen = unseen.read(made, machine, session, Path(work))
+            except UserError as error:
+                if not spec.bids or error.code != "REJECTED":
+                    raise
+                refused.append(Refused(session["subject"], session["session"], error.code, str(error)))
+                continue
+        done.append(_written(made, seen, model.predict(seen, spec.out), spec.out))
+    tell(len(wanted), len(wanted), "sessions")
+    if not done:
+        raise UserError("REJECTED", f"none of {len(wanted)} sessions can be used; {refused[-1].reason}", 3)
+    store.write_atomic(spec.out / TABLE, table(done).text)
+    return done, refused
 
 
-def predict(machine: Machine, trained: Trained, spec: Spec) -> list[Path]:
-    """Label maps of every session asked for, each with a PNG and a JSON of the same name. Raises `UserError`."""
-    model = _Model(machine, trained)
-    sessions = _sessions(trained, spec)
-    with tempfile.TemporaryDirectory() as work:
-        return [_session(model, trained, session, spec.out, Path(work)) for session in sessions]
-
-
-def _sessions(trained: Trained, spec: Spec) -> list[dict[str, Any]]:
-    """What a task of ingest is handed, for each session."""
-    ingest = _ingest(trained)
-    if bool(spec.scan) == bool(spec.bids):
-        raise UserError("USAGE", "give either scan.<contrast>=FILE or bids=FOLDER")
-    source = {channel: conform.source(ingest, channel) for channel in trained.channels}
-    if spec.bids:
-        table = cohort.scan(cards.load_card("bids"), spec.bids)
-        whole = [s for s in table.sessions if set(source.values()) <= set(s.scans)]
-        if not whole:
-            raise UserError("CONTRASTS", f"no session of {spec.bids} has all of {', '.join(source.values())}")
-        wanted = [conform.wanted(s, ingest, {}) for s in whole]
-        for one in wanted:
-            scans = one["scans"].items()
-            one["scans"] = {
-                c: (k, str(table.root / p), m and str(table.root / m), n) for c, (k, p, m, n) in scans
-            }
-        return [one | {"segmentation": None, "values": {}, "sizes": {}} for one in wanted]
-    if set(spec.scan) != set(source.values()):
-        given, asked = ", ".join(sorted(spec.scan)), ", ".join(f"scan.{c}=FILE" for c in source.values())
-        raise UserError(
-            "CONTRASTS", f"{trained.cell.path.name} looks at other contrasts than {given}; give {asked}"
-        )
-    mask = spec.mask and str(spec.mask.expanduser().absolute())
-    files = {c: (k, str(spec.scan[k].expanduser().absolute()), mask, None) for c, k in source.items()}
-    name = Path(next(iter(files.values()))[1]).name.removesuffix(".gz").removesuffix(".nii")
-    return [{"subject": name, "session": "", "scans": files, "values": {}, "segmentation": None, "sizes": {}}]
-
-
-def _ingest(trained: Trained) -> Ingest:
-    return Ingest(**trained.shards["preprocessing"])
-
-
-class _Model:
-    """Backbone and decoder of a cell, on the device there is."""
-
-    def __init__(self, machine: Machine, trained: Trained) -> None:
-        source, manifest = trained.tokens["source"], trained.cell.manifest()
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        channels, slices, size, _ = trained.shards["shape"]
-        here = source["init"] not in ("random", "dinov2", "imagenet")
-        backbone, found = checkpoint.load_backbone(
-            source["init"],
-            arch=source["arch"],
-            in_channels=channels * slices,
-            image_size=size,
-            seed=trained.tokens["seed"],
-            weights_file=machine.weights,
-            pretrained=Artefact(machine.store / source["name"]) if here else None,
-        )
-        if found.sha256 != source["sha256"]:
-            raise UserError(
-                "WEIGHTS", f"the cell learnt with the weights {source['sha256']}, these are {found.sha256}"
-            )
-        shape = trained.tokens["shape"]
-        self.backbone, self.depths = backbone.to(self.device), trained.tokens["depths"]
-        self.pixels, self.machine = int(trained.tokens["pixels"]), machine
-        cell, spec = Cell.model_validate(manifest["cell"]), Decoder.model_validate(manifest["decoder"])
-        self.decoder = segmenting.build(spec, cell, trained.task, dim=shape[3], num_depths=shape[1])
-        self.decoder.load_state_dict(load_file(trained.cell.path / segmenting.DECODER))
-        self.decoder.to(self.device).eval()
-
-    def __call__(self, stacks: np.ndarray) -> np.ndarray:
-        """Class probabilities [K, n, H, W] of stacks [n, C, S, H, W]."""
-        found = tokens.encode(self.backbone, stacks, self.depths, BATCH, self.device)
-
-        def parts() -> Any:
-            for begin in range(0, len(found), BATCH):
-                part = torch.from_numpy(found[begin : begin + BATCH]).to(self.device).float()
-                with torch.inference_mode():
-                    yield self.decoder(part.transpose(0, 1), self.pixels)
-
-        return segmenting.probabilities(parts(), stacks.shape[-1])
-
-
-def _session(model: _Model, trained: Trained, session: Mapping[str, Any], out: Path, work: Path) -> Path:
-    """Ingest one session into `work`, predict it, and write what came out."""
-    ingest, card = _ingest(trained), trained.shards["card"]
-    supplied = all(mask for _, _, mask, _ in session["scans"].values())
-    ways = provisions.mask_ways(ingest.mask, stripped=card["stripped"], all_supplied=supplied)
-    needs = provisions.provide(ingest, ways, model.machine, work / "provisions")
-    job = conform.Job("predict", Path("/"), work, ingest, {}, needs)
-    job_work = Path(str(job.work))
-    job_work.mkdir(parents=True, exist_ok=True)
-    conform.session({"index": 0, "session": json.dumps(session)}, job)
-    record = json.loads(Path(str(job.record(0))).read_text())
-    if record["rejected"] or not record["row_groups"]:
-        told = "; ".join(
-            f"{contrast}: {code}, {reason}" for *_, contrast, _, code, reason in record["rejected"]
-        )
-        raise UserError("REJECTED", f"{session['subject']} cannot be used: {told}", 3)
-    groups = [shard.read_row_group(Path(str(job.part(0))), i) for i in range(len(record["row_groups"]))]
-    stacks = np.concatenate([shard.pixels(group) for group in groups])
-    probabilities = model(stacks)
-    at = restitch.place(record["session"])
-    classes = at.to_native(probabilities)
-    name = segmenting.name(session["subject"], session["session"]).removeprefix("sub-")
-    path = out / f"{name}_dseg.nii.gz"
-    restitch.write(path, classes, at.affine, f"cranium {trained.cell.path.name}")
-    here = probabilities.argmax(0).astype(np.uint8)
-    overlay.write(out / f"{name}_dseg.png", stacks, np.zeros_like(here), here)
-    voxel = float(abs(np.linalg.det(at.affine[:3, :3]))) / 1000
+def _written(made: Trained, seen: Seen, found: Mapping[str, Any], out: Path) -> Predicted:
+    sources = json.loads(seen.row["sources"])
     about = {
-        "run": trained.cell.path.name,
-        "task": trained.task.model_dump(mode="json"),
-        "labels": {name: k for k, name in enumerate(trained.task.classes, 1)},
-        "ml": {
-            name: round(float((classes == k).sum()) * voxel, 3)
-            for k, name in enumerate(trained.task.classes, 1)
-        },
-        "scans": json.loads(record["session"]["sources"]),
-        "on_voxels_of": at.channel,
-        "warnings": json.loads(record["session"]["warnings"]),
-        "preprocessing": trained.shards["preprocessing_hash"],
-        "weights": trained.tokens["source"],
-        "decoder_sha256": store.sha256(trained.cell.path / segmenting.DECODER),
-        "code_version": cranium.__version__,
-        "note": "made for research; not a medical device",
+        "subject": seen.row["subject"],
+        "session": seen.row["session"],
+        "contrasts": seen.contrasts(made),
+        **found,
+        "scans": sources,
+        "known": made.known(sources),
+        "warnings": json.loads(seen.row["warnings"]),
+        "mask_quality": json.loads(seen.row["mask_quality"]),
     }
-    store.write_atomic(out / f"{name}_dseg.json", json.dumps(about, indent=1))
-    return path
+    path = out / f"{seen.name}_{SUFFIX[made.manifest['task']['task']]}.json"
+    store.write_atomic(path, json.dumps(about, indent=1))
+    return Predicted(path, about)
+
+
+def table(done: list[Predicted]) -> Table:
+    """A row a session: its class probabilities and the most probable class, or ml of each class; and what is odd."""
+    names = list(done[0].about.get("probabilities") or done[0].about["ml"])
+    probable = "probabilities" in done[0].about
+    columns = ("subject", "session", "contrasts", *(n if probable else f"{n} ml" for n in names))
+    rows = []
+    for about in (one.about for one in done):
+        values = about["probabilities"] if probable else about["ml"]
+        row = [about["subject"], about["session"], " ".join(about["contrasts"]), *(values[n] for n in names)]
+        rows.append((*row, *([about["most_probable"]] if probable else []), "; ".join(notes(about))))
+    return Table((*columns, *(["most probable"] if probable else []), "notes"), tuple(rows), "predictions")
+
+
+def notes(about: Mapping[str, Any]) -> list[str]:
+    """What a reader of a prediction must know, in words."""
+    told = [f"{one['contrast']}: {one['code']}" for one in about["warnings"]]
+    if known := about["known"]:
+        told.insert(0, PARTS[known["part"]].format(who=f"subject {known['subject']}"))
+    return told
+
+
+def show(
+    made: Trained, done: list[Predicted], refused: list[Refused], spec: Spec, console: rich.console.Console
+) -> None:
+    """What came out, for people."""
+    found = table(done)
+    shown = rich.table.Table(box=rich.box.SIMPLE_HEAD, title=made.cell.path.name, title_justify="left")
+    for name in found.columns:
+        numeric = isinstance(found.rows[0][found.columns.index(name)], float)
+        shown.add_column(name, justify="right" if numeric else "left", overflow="fold")
+    for row in found.rows:
+        shown.add_row(*(f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in row))
+    console.print(shown)
+    for one in refused:
+        who = f"{one.subject} {one.session}".strip()
+        console.print(f"left out: {who}: {one.code}, {one.reason}", markup=False, soft_wrap=True)
+    console.print(f"{len(done)} predicted; files in {spec.out}. Not a medical device.", soft_wrap=True)

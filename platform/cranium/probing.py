@@ -1,12 +1,15 @@
 """What can be learnt without touching a backbone: probes on cached slice features, and on facts about a subject.
 
-In: features of `embed`, tables of subjects. Out: class probabilities of the subjects that are judged.
+In: features of `embed`, tables of subjects. Out: a fitted probe, which gives class probabilities of other subjects and
+is kept as plain arrays.
 """
 
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,14 +17,19 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 
 from cranium import embed
 from cranium.config import Attention, Knn, Probe, UserError
 from cranium.models import attend
 from cranium.models import probe as probes
-from cranium.models.attend import Bags
+from cranium.models.attend import AttentionProbe, Bags
+from cranium.models.probe import LinearProbe, Neighbours
 
 Array = NDArray[Any]
+OfVectors = LinearProbe | Neighbours
+MODEL = "model."  # before the names of a network's tensors
 
 
 class Slices(NamedTuple):
@@ -34,10 +42,13 @@ class Slices(NamedTuple):
 def pooled(features: Path, table: pd.DataFrame, how: str) -> Array:
     """Mean or max [n, D] over the slices of each session in `table`, in its order; means are summed in float64."""
     every = _slices(features)
-    found = [every.values[place] for place in _places(every, features, table)]
-    if how == "max":
-        return np.stack([values.max(0) for values in found])
-    return np.stack([values.mean(0, dtype=np.float64) for values in found]).astype(np.float32)
+    return np.stack([pool(every.values[place], how) for place in _places(every, features, table)])
+
+
+def pool(values: Array, how: str) -> Array:
+    """Mean or max [D] of the features [M, D] of one session's slices."""
+    pooled: Array = values.max(0) if how == "max" else values.mean(0, dtype=np.float64).astype(np.float32)
+    return pooled
 
 
 def measured(raw: Sequence[Array]) -> list[Array]:
@@ -87,44 +98,23 @@ def _slices(folder: Path) -> Slices:
     return Slices(values[np.concatenate(order)], places)
 
 
-def vectors(
-    spec: Probe | Knn, train: Array, labels: Array, judged: Sequence[Array], num_classes: int, seed: int
-) -> tuple[list[Array], str]:
-    """Class probabilities of each of `judged` [n, D] by a probe on `train` [m, D]; and how it was chosen."""
+# ---- probes ---------------------------------------------------------------------------------------------------------
+
+
+def of_vectors(spec: Probe | Knn, train: Array, labels: Array, num_classes: int, seed: int) -> OfVectors:
+    """A probe on `train` [m, D], a vector a subject, and `labels` [m]."""
     match spec:
         case Probe():
-            fitted = probes.fit_linear(
-                train,
-                labels,
-                c_grid=spec.c_grid,
-                folds=spec.inner_folds,
-                seed=seed,
-                num_classes=num_classes,
+            return probes.fit_linear(
+                train, labels, c_grid=spec.c_grid, folds=spec.inner_folds, seed=seed, num_classes=num_classes
             )
-            return [fitted.predict(features) for features in judged], fitted.chosen_by
         case Knn():
-            # Standardised: the tokens of some backbones differ by a hair, and are all alike to a cosine.
-            mean, std = train.mean(0, dtype=np.float64), train.std(0, dtype=np.float64)
-            std = np.where(std > 0, std, 1.0)
-            found = [
-                probes.knn(
-                    (train - mean) / std,
-                    labels,
-                    (features - mean) / std,
-                    spec.k,
-                    spec.temperature,
-                    num_classes,
-                )
-                for features in judged
-            ]
-            return found, f"k {min(spec.k, len(train))}, declared"
+            return Neighbours(train, labels.astype(np.int64), spec.k, spec.temperature, num_classes)
 
 
-def attended(
-    spec: Attention, train: Bags, labels: Array, judged: Sequence[Bags], num_classes: int, seed: int
-) -> tuple[list[Array], str]:
-    """As `vectors`, by gated attention over slices."""
-    fitted = attend.fit_attention(
+def of_slices(spec: Attention, train: Bags, labels: Array, num_classes: int, seed: int) -> AttentionProbe:
+    """A probe that attends to some of a subject's slices."""
+    return attend.fit_attention(
         train,
         labels,
         attend.Training(spec.hidden, spec.lr, spec.batch_size, spec.look_every, seed),
@@ -134,4 +124,34 @@ def attended(
         num_classes=num_classes,
         device="cuda" if torch.cuda.is_available() else "cpu",
     )
-    return [fitted.predict(some) for some in judged], fitted.chosen_by
+
+
+def save(probe: OfVectors | AttentionProbe, path: Path) -> None:
+    """Keep a probe: its arrays as safetensors, every bit of them, and its numbers as JSON in the header."""
+    every = {field.name: getattr(probe, field.name) for field in fields(probe)}
+    if isinstance(probe, AttentionProbe):
+        every |= {
+            MODEL + name: tensor.cpu().numpy() for name, tensor in every.pop("model").state_dict().items()
+        }
+    arrays = {name: np.ascontiguousarray(v) for name, v in every.items() if isinstance(v, np.ndarray)}
+    numbers = {name: v for name, v in every.items() if name not in arrays}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(arrays, path, {"probe": json.dumps(numbers)})
+
+
+def load(spec: Probe | Knn | Attention, path: Path) -> OfVectors | AttentionProbe:
+    """The probe that `save` kept: equal to it in every bit, so that it predicts the same."""
+    with safe_open(path, "numpy") as file:
+        numbers = json.loads(file.metadata()["probe"])
+    every = load_file(path) | numbers
+    match spec:
+        case Probe():
+            return LinearProbe(**every)
+        case Knn():
+            return Neighbours(**every)
+        case Attention():
+            of_model = {n.removeprefix(MODEL): every.pop(n) for n in list(every) if n.startswith(MODEL)}
+            num_classes, dim = of_model["head.weight"].shape
+            model = attend.Network(dim, len(of_model["pool.value.weight"]), num_classes)
+            model.load_state_dict({name: torch.from_numpy(array) for name, array in of_model.items()})
+            return AttentionProbe(model, **every)

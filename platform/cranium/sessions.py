@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from cranium import corpora, stream
@@ -35,16 +36,26 @@ def read(
 
 
 def _session(session: plan.Session, most: int, fill: Fill) -> Tensor:
-    wanted = np.unique(np.linspace(0, session.rows - 1, min(most, session.rows)).round().astype(int))
+    wanted = spread(session.rows, most)
     groups = session.row_groups
     items = [{"files": [g.file for g in groups], "indices": [g.index for g in groups]}]
     try:
         tables = list(visit.read(pa.Table.from_pylist(items)))
     except shard.ShardError as error:
-        raise UserError(error.code, f"{error}; run `cranium verify`, then restore the shard", 1) from error
+        raise UserError(error.code, str(error), 1) from error
     pixels = torch.from_numpy(np.concatenate([shard.pixels(table) for table in tables])[wanted])
-    if fill == "zero":
-        return pixels
     bits = np.concatenate([table["present"].to_numpy() for table in tables])[wanted]
-    present = torch.from_numpy(bits[:, None] >> np.arange(pixels.shape[1]) & 1).bool()
-    return stream.replicate(pixels, present)
+    return filled(pixels, bits, fill)
+
+
+def spread(rows: int, most: int) -> NDArray[np.int64]:
+    """Which of a session's `rows` are used, at most `most`, spread evenly, the first and the last among them."""
+    return np.unique(np.linspace(0, rows - 1, min(most, rows)).round().astype(np.int64))
+
+
+def filled(stacks: Tensor, bits: NDArray[Any], fill: Fill) -> Tensor:
+    """Stacks [B, C, S, H, W] with absent contrasts as training saw them; `bits` [B] of `present`, as shards have it."""
+    if fill == "zero":
+        return stacks
+    present = torch.from_numpy(bits[:, None] >> np.arange(stacks.shape[1]) & 1).bool()
+    return stream.replicate(stacks, present)

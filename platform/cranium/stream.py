@@ -274,7 +274,7 @@ def _read_in_order(groups: Sequence[plan.RowGroup], nbytes: int, read_cpus: floa
                         yield pa.concat_tables(parts)
                         parts = []
     except Exception as error:
-        raise _explained(error) from error
+        raise explained(error) from error
 
 
 def _blocks(groups: Sequence[plan.RowGroup], nbytes: int) -> Iterator[Sequence[plan.RowGroup]]:
@@ -289,7 +289,7 @@ def _blocks(groups: Sequence[plan.RowGroup], nbytes: int) -> Iterator[Sequence[p
         done, size = done + count, min(2 * size, BLOCK_GROUPS)
 
 
-def _explained(error: BaseException) -> BaseException:
+def explained(error: BaseException) -> BaseException:
     """What a reading task found wrong with a shard, behind Ray's wrapping; else the error as it is."""
     current: BaseException | None = error
     found: shard.ShardError | None = None

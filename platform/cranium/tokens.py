@@ -26,7 +26,7 @@ from cranium.models import decoder
 from cranium.models.architectures import ARCHITECTURES
 from cranium.store import Artefact
 
-RECIPE = 1
+RECIPE = 2  # 2: the manifest says how absent contrasts are filled
 TOKENS = "tokens.npy"
 ROWS = "rows.parquet"
 IDENTITY = ["subject", "session", "slice", "present"]
@@ -95,8 +95,7 @@ def embed_tokens(
         store.commit(
             made.path,
             {
-                **embed.provenance(init, shard_set, manifest, source),
-                "seed": exp.embed.seed,
+                **embed.provenance(exp, init, shard_set, manifest, source),
                 "depths": list(wanted),
                 "pixels": exp.ingest.size
                 - exp.ingest.size % backbone.patch_size,  # a side that patches cover

@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional
 
@@ -76,6 +77,7 @@ class Tuned:
     held_out: tuple[str, ...]
     start: Start
     spec: Finetune
+    source: checkpoint.Source | None  # of the weights it started from; None: a CNN from scratch
 
     def predict(self, shard_set: Path, table: pd.DataFrame) -> Array:
         """Class probabilities [n, K] of the sessions in `table`, in its order."""
@@ -100,14 +102,39 @@ def learn(
     labels, out = labelled["label"].to_numpy(), labelled["subject"].isin(held).to_numpy()
     train = Examples([r for r, o in zip(rows, out, strict=True) if not o], labels[~out])
     validation = Examples([r for r, o in zip(rows, out, strict=True) if o], labels[out])
-    channels, slices, size = (int(v) for v in rows[0].shape[1:4])
-    encoder = _encoder(start, spec, channels * slices, size)
+    shape = tuple(rows[0].shape[1:])
+    model, source = build(start, spec, shape, pool=pool, num_classes=num_classes, seed=seed)
+    curve = fit(model, train, validation if held else None, spec, seed, tell)
+    return Tuned(model, curve, tuple(held), start, spec, source)
+
+
+def build(
+    start: Start, spec: Finetune, shape: Sequence[int], *, pool: Pool, num_classes: int, seed: int
+) -> tuple[Classifier, checkpoint.Source | None]:
+    """The network of a cell before it learns, for stacks of `shape` [C, S, H, W], on the device there is."""
+    channels, slices, size = shape[:3]
+    encoder, source = _encoder(start, spec, channels * slices, size)
     if isinstance(spec, Lora) and isinstance(encoder, Backbone):
         lora.add(encoder.vit, spec.rank, spec.alpha, seed)
     model = Classifier(encoder, features=start.features, pool=pool, num_classes=num_classes, seed=seed)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    curve = fit(model.to(device), train, validation if held else None, spec, seed, tell)
-    return Tuned(model, curve, tuple(held), start, spec)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu"), source
+
+
+def save(model: Classifier, path: Path) -> None:
+    """Keep what was learnt, and nothing that `build` makes again: of LoRA the updates, not the backbone below."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: p.detach().cpu().contiguous() for name, p in trained(model)}, path)
+
+
+def load(model: Classifier, path: Path) -> None:
+    """Give a network that `build` made what `save` kept of the one that learnt. Raises `UserError(WEIGHTS_MISFIT)`."""
+    kept, parameters = load_file(path), dict(trained(model))
+    if {n: t.shape for n, t in kept.items()} != {n: p.shape for n, p in parameters.items()}:
+        raise UserError(
+            "WEIGHTS_MISFIT", f"{path} holds other tensors than this cell's network; run it again"
+        )
+    for name, parameter in parameters.items():
+        parameter.data.copy_(kept[name])
 
 
 def _read(start: Start, spec: Finetune, shard_set: Path, table: pd.DataFrame) -> Iterator[Tensor]:
@@ -115,10 +142,12 @@ def _read(start: Start, spec: Finetune, shard_set: Path, table: pd.DataFrame) ->
     return sessions.read(shard_set, keys, most=spec.max_slices, fill=start.fill)
 
 
-def _encoder(start: Start, spec: Finetune, in_channels: int, size: int) -> Backbone | SliceCNN:
+def _encoder(
+    start: Start, spec: Finetune, in_channels: int, size: int
+) -> tuple[Backbone | SliceCNN, checkpoint.Source | None]:
     if start.init == "cnn":
-        return SliceCNN(in_channels, start.seed)
-    backbone, _ = checkpoint.load_backbone(
+        return SliceCNN(in_channels, start.seed), None
+    return checkpoint.load_backbone(
         start.init,
         arch=start.arch,
         in_channels=in_channels,
@@ -128,7 +157,6 @@ def _encoder(start: Start, spec: Finetune, in_channels: int, size: int) -> Backb
         weights_file=start.weights,
         pretrained=Artefact(start.pretrained) if start.pretrained else None,
     )
-    return backbone
 
 
 def hold_out(labelled: pd.DataFrame, share: float, seed: int) -> list[str]:
@@ -301,19 +329,23 @@ def _validated(model: Classifier, validation: Examples, spec: Finetune) -> tuple
     return (auroc if isinstance(auroc, float) else 0.5), -float(loss)
 
 
-@torch.inference_mode()
 def probabilities(model: Classifier, subjects: Sequence[Tensor], spec: Finetune) -> Array:
     """Class probabilities [n, K]: all stacks of each subject encoded, pooled and classified."""
+    return np.stack([judged(model, stacks, spec)[0] for stacks in subjects])
+
+
+@torch.inference_mode()
+def judged(model: Classifier, stacks: Tensor, spec: Finetune) -> tuple[Array, Array | None]:
+    """Class probabilities [K] of one subject's stacks [k, C, S, H, W], and where it attends: [k], or None."""
     device = next(model.parameters()).device
     model.eval()
-    out = []
-    for stacks in subjects:
-        parts = []
-        for begin in range(0, len(stacks), CHUNK):
-            x = stacks[begin : begin + CHUNK].to(device).flatten(1, 2).float() / 255
-            with _autocast(device, spec):
-                parts.append(model.encode(embed.fit(x, int(model.encoder.patch_size))).float())
-        features = torch.cat(parts)
-        index = torch.zeros(len(features), dtype=torch.int64, device=device)
-        out.append(model.classify(features, index, 1).double().softmax(1).cpu().numpy())
-    return np.concatenate(out)
+    parts = []
+    for begin in range(0, len(stacks), CHUNK):
+        x = stacks[begin : begin + CHUNK].to(device).flatten(1, 2).float() / 255
+        with _autocast(device, spec):
+            parts.append(model.encode(embed.fit(x, int(model.encoder.patch_size))).float())
+    features = torch.cat(parts)
+    index = torch.zeros(len(features), dtype=torch.int64, device=device)
+    found = model.classify(features, index, 1)[0].double().softmax(0).cpu().numpy()
+    attended = None if model.attend is None else model.attend(features, index, 1).weights.cpu().numpy()
+    return found, attended

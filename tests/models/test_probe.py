@@ -7,6 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
 from cranium.models import probe
 
@@ -29,6 +32,15 @@ def test_separable_classes_are_found_whatever_the_features_scale() -> None:
     assert (predicted.argmax(axis=1) == labels).all()
     np.testing.assert_allclose(predicted.sum(axis=1), 1.0)
     assert fitted.chosen_by == "log-loss over 3 inner folds"
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_probabilities_are_those_of_scikit_learn(classes: int) -> None:
+    features, labels = _blobs(20, classes, 1.0)
+    features[:, 3] = 7.0  # says nothing, and has no deviation
+    fitted = probe.fit_linear(features, labels, c_grid=(0.1,), folds=3, seed=0)
+    theirs = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000)).fit(features, labels)
+    np.testing.assert_allclose(fitted.predict(features), theirs.predict_proba(features), atol=1e-12)
 
 
 def test_noise_labels_get_the_strongest_regularisation_and_signal_a_weak_one() -> None:

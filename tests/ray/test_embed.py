@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cranium import checkpoint, embed
-from cranium.config import Experiment, Machine
+from cranium.config import Experiment, Machine, UserError
 from cranium.store import Artefact
 from cranium.volume import shard
 from shards import shard_set
@@ -102,7 +102,9 @@ def test_a_damaged_row_makes_no_features(ray_cluster: object, tmp_path: Path):
     raw[len(raw) // 2] ^= 1
     path.write_bytes(raw)
     machine = Machine(store=tmp_path)
-    with pytest.raises(Exception, match="CRC"):
+    with pytest.raises(UserError, match="CRC") as refused:
         embed.embed(EXPERIMENT, machine, "random", damaged)
+    assert (refused.value.code, refused.value.exit_code) == ("SHARD_CORRUPT", 1)
+    assert str(refused.value).count(shard.MEND) == 1 and "Traceback" not in str(refused.value)
     assert not embed.artefact(EXPERIMENT, machine, "random", damaged, None).done
     assert pq.ParquetFile(path).metadata.num_rows > 0  # Parquet itself saw nothing

@@ -39,13 +39,18 @@ class Table:
     name: str = "table"
 
     @property
-    def csv(self) -> str:
-        """A data URI of the table as CSV; text that a spreadsheet would run as a formula is quoted with `'`."""
+    def text(self) -> str:
+        """The table as CSV; text that a spreadsheet would run as a formula is quoted with `'`."""
         text = io.StringIO()
         writer = csv.writer(text)
         writer.writerow(self.columns)
         writer.writerows([[_literal(cell) for cell in row] for row in self.rows])
-        return "data:text/csv;base64," + base64.b64encode(text.getvalue().encode()).decode()
+        return text.getvalue()
+
+    @property
+    def csv(self) -> str:
+        """`text` as a data URI."""
+        return "data:text/csv;base64," + base64.b64encode(self.text.encode()).decode()
 
 
 def _literal(cell: object) -> object:

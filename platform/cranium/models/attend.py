@@ -43,7 +43,9 @@ class Training:
     seed: int
 
 
-class _Network(nn.Module):
+class Network(nn.Module):
+    """Logits of subjects from the standardised features of their slices."""
+
     def __init__(self, dim: int, hidden: int, num_classes: int) -> None:
         super().__init__()
         self.pool = AttentionPool(dim, hidden)
@@ -60,7 +62,7 @@ class _Network(nn.Module):
 class AttentionProbe:
     """A fitted probe; `chosen_by` says how its weight decay and number of steps were chosen."""
 
-    model: nn.Module
+    model: Network
     mean: Array
     std: Array
     weight_decay: float
@@ -75,6 +77,14 @@ class AttentionProbe:
         logits = self.model(values, subject, int(bags.subject[-1]) + 1)
         probabilities: Array = logits.double().softmax(1).cpu().numpy()
         return probabilities
+
+    @torch.inference_mode()
+    def attention(self, bags: Bags) -> Array:
+        """The weight [M] of each slice; those of a subject sum to 1."""
+        place = next(self.model.parameters()).device
+        values, subject = _tensors(bags, self.mean, self.std, place)
+        weights: Array = self.model.pool(values, subject).weights.double().cpu().numpy()
+        return weights
 
 
 def fit_attention(
@@ -128,7 +138,7 @@ def _trained(
     rng = np.random.default_rng(how.seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(how.seed)
-        model = _Network(bags.values.shape[1], how.hidden, num_classes).to(device)
+        model = Network(bags.values.shape[1], how.hidden, num_classes).to(device)
     optimiser = torch.optim.AdamW(model.parameters(), lr=how.lr, weight_decay=decay)
     queue: list[int] = []
     for step in range(1, steps + 1):

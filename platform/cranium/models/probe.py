@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedGroupKFold
-from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 Array = NDArray[Any]
@@ -20,16 +19,55 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True)
 class LinearProbe:
-    """A fitted probe; `c` is its inverse regularisation and `chosen_by` says how that was chosen."""
+    """Logistic regression on standardised features; `c` is its inverse regularisation, `chosen_by` how it was chosen.
 
-    model: Pipeline
+    `mean` and `std` [D] of its own subjects; `weight` [k, D] and `bias` [k] of the `seen` [k] classes; of two classes
+    those of the second alone, [1, D] and [1].
+    """
+
+    mean: Array
+    std: Array
+    weight: Array
+    bias: Array
+    seen: Array
     num_classes: int
     c: float
-    chosen_by: str
+    chosen_by: str = ""
 
     def predict(self, features: Array) -> Array:
         """Class probabilities [n, num_classes] of `features` [n, D]; a class never seen gets 0."""
-        return _probabilities(self.model, features, self.num_classes)
+        scores = (np.asarray(features, np.float64) - self.mean) / self.std @ self.weight.T + self.bias
+        if len(self.seen) == 2:
+            scores = np.concatenate([np.zeros_like(scores), scores], axis=1)
+        odds = np.exp(scores - scores.max(axis=1, keepdims=True))
+        probabilities = np.zeros((len(features), self.num_classes))
+        probabilities[:, self.seen] = odds / odds.sum(axis=1, keepdims=True)
+        return probabilities
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """Weighted k-NN: `train` [m, D] and its `labels` [m]. Features are standardised by `train`'s mean and deviation.
+
+    Because the tokens of some backbones differ by a hair, and are all alike to a cosine.
+    """
+
+    train: Array
+    labels: Array
+    k: int
+    temperature: float
+    num_classes: int
+
+    @property
+    def chosen_by(self) -> str:
+        return f"k {min(self.k, len(self.train))}, declared"
+
+    def predict(self, features: Array) -> Array:
+        """Class probabilities [n, num_classes] of `features` [n, D]."""
+        mean, std = self.train.mean(0, dtype=np.float64), self.train.std(0, dtype=np.float64)
+        std = np.where(std > 0, std, 1.0)
+        known, asked = (self.train - mean) / std, (features - mean) / std
+        return knn(known, self.labels, asked, self.k, self.temperature, self.num_classes)
 
 
 def fit_linear(
@@ -71,7 +109,7 @@ def fit_linear(
             chosen_by = f"the middle of the grid: a class has {scarcest} subject(s), too few for inner folds"
         else:
             c, chosen_by = grid[int(np.argmin(losses))], f"log-loss over {inner} inner folds"
-    return LinearProbe(_fit(features, labels, c, seed), total, c, chosen_by)
+    return replace(_fit(features, labels, c, seed, total), chosen_by=chosen_by)
 
 
 def knn(
@@ -111,22 +149,17 @@ def _unit(features: Array) -> Array:
     return unit
 
 
-def _fit(features: Array, labels: Array, c: float, seed: int) -> Pipeline:
-    model: Pipeline = make_pipeline(
-        StandardScaler(), LogisticRegression(C=c, max_iter=1000, random_state=seed)
-    )
+def _fit(features: Array, labels: Array, c: float, seed: int, num_classes: int) -> LinearProbe:
+    scaler = StandardScaler()
+    values = scaler.fit_transform(np.asarray(features, dtype=np.float64))
+    model = LogisticRegression(C=c, max_iter=1000, random_state=seed)
     with warnings.catch_warnings():
         # A weakly regularised fit of separable subjects has no finite optimum; its loss decides, not the
         # warning.
         warnings.simplefilter("ignore", ConvergenceWarning)
-        model.fit(np.asarray(features, dtype=np.float64), labels)
-    return model
-
-
-def _probabilities(model: Pipeline, features: Array, num_classes: int) -> Array:
-    probabilities = np.zeros((len(features), num_classes))
-    probabilities[:, model.classes_] = model.predict_proba(np.asarray(features, dtype=np.float64))
-    return probabilities
+        model.fit(values, labels)
+    learnt = (model.coef_, model.intercept_, model.classes_)
+    return LinearProbe(scaler.mean_, scaler.scale_, *learnt, num_classes, c)
 
 
 def _inner_losses(
@@ -139,7 +172,7 @@ def _inner_losses(
         if len(np.unique(labels[train])) < len(np.unique(labels)):
             return None
         for index, c in enumerate(grid):
-            predicted = _probabilities(_fit(features[train], labels[train], c, seed), features[test], total)
+            predicted = _fit(features[train], labels[train], c, seed, total).predict(features[test])
             losses[index] -= np.log(np.maximum(predicted[np.arange(len(test)), labels[test]], 1e-12)).sum()
     return losses
 

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import nibabel as nib
 import numpy as np
-import pyarrow as pa
 import pytest
+import torch
 
 import phantoms
-from cranium import embed, ingest, predict, segmenting, store, tokens
+from cells import in_place
+from cranium import embed, ingest, predict, restitch, segmenting, store, tokens, trained, unseen
 from cranium.cards import Card
 from cranium.config import Cell, Decoder, Experiment, Machine, Segmentation, UserError
 from cranium.store import Artefact
@@ -48,15 +48,8 @@ EXPERIMENT = Experiment.model_validate(
 )
 
 
-def plainly(
-    items: list[dict[str, Any]], encoder: Any, backbone: Any, what: Any, exp: Experiment
-) -> Iterator[pa.Table]:
-    made = encoder(backbone, what, exp.embed.batch_size, None, exp.stream.fill)
-    return (made._row_group(item["file"], item["index"]) for item in items)
-
-
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Machine, Path, Artefact]:
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Machine, Path, Artefact]:
     """A store with one cell, and the raw folder of its cohort."""
     root = tmp_path_factory.mktemp("predict")
     tree = phantoms.bids_tree(
@@ -71,17 +64,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Machine, Path, Ar
     content["layouts"][0]["segmentation"] = "labels/sub-{subject}_dseg.nii.gz"
     card = Card.model_validate(content | {"segmentation": CLASSES})
     machine, exp = Machine(store=root / "store"), EXPERIMENT
-    with pytest.MonkeyPatch.context() as patch:
-
-        def on_one(
-            items: list[dict[str, Any]], work: Callable[..., Any], job: Any
-        ) -> Iterator[dict[str, Any]]:
-            return (work(item, job) for item in items)
-
-        patch.setattr(ingest, "_on_ray", on_one)
-        patch.setattr(embed, "mapped", plainly)
+    with in_place():
         shards = ingest.ingest(card, tree, exp.ingest, machine)
-        made = tokens.embed_tokens(exp, machine, "random", shards, None, "linear")
+        embedded = tokens.embed_tokens(exp, machine, "random", shards, None, "linear")
     files = segmenting.LabelFiles(tree, ingest.label_files(card, tree, exp.ingest, machine))
     cell = Cell.model_validate(
         {"task": "finding", "cohort": "phantom", "init": "random", "adaptation": "linear", "fold": 0}
@@ -89,7 +74,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Machine, Path, Ar
     )
     task = exp.adapt.tasks[0]
     assert isinstance(task, Segmentation)
-    home = segmenting.Cohort("phantom", shards.path, made.path, files)
+    home = segmenting.Cohort("phantom", shards.path, embedded.path, files)
     folder = machine.store / "adapt" / "finding-00000000"
     work = segmenting.Work(cell, task, Decoder(steps=40, batch_size=4, lr=0.05), home, (), folder)
     segmenting.run_cell(work, {"001": 0, "002": 1, "003": 1})
@@ -104,18 +89,14 @@ def mask_of(tree: Path, subject: str) -> Path:
     return next(tree.glob(f"derivatives/masks/sub-{subject}/**/*_T1w_mask.nii.gz"))
 
 
-def test_tokens_are_the_backbones_at_its_last_block(trained: tuple[Machine, Path, Artefact]) -> None:
-    machine, _, cell = trained
-    shards, made = (
+def test_tokens_are_the_backbones_at_its_last_block(made: tuple[Machine, Path, Artefact]) -> None:
+    machine, _, cell = made
+    shards, embedded = (
         machine.store / s / n for s, n in zip(("ingest", "embed"), cell.manifest()["inputs"][0], strict=True)
     )
-    rows, values = tokens.read(made)
+    rows, values = tokens.read(embedded)
     backbone, _ = embed.load(EXPERIMENT, machine, "random", store.read_manifest(shards), None)
-    from cranium import restitch
-
     stacks = restitch.read_stacks(Artefact(shards), store.read_manifest(shards), "002", "").pixels
-    import torch
-
     with torch.no_grad():
         expected = backbone(torch.from_numpy(stacks).flatten(1, 2).float() / 255).patches
     mine = values[(rows["subject"] == "002").to_numpy()]
@@ -124,39 +105,46 @@ def test_tokens_are_the_backbones_at_its_last_block(trained: tuple[Machine, Path
 
 
 def test_a_scan_is_predicted_as_the_cell_predicted_it(
-    trained: tuple[Machine, Path, Artefact], tmp_path: Path
+    made: tuple[Machine, Path, Artefact], tmp_path: Path
 ) -> None:
-    machine, tree, cell = trained
-    found = predict.find(machine.store, "00000000")
-    spec = predict.Spec(scan={"T1w": scan_of(tree, "001")}, mask=mask_of(tree, "001"), out=tmp_path)
-    (path,) = predict.predict(machine, found, spec)
+    machine, tree, cell = made
+    found = trained.find(machine.store, "00000000")
+    spec = unseen.Spec(scan={"T1w": scan_of(tree, "001")}, mask=mask_of(tree, "001"), out=tmp_path)
+    ((one,), _) = predict.predict(machine, found, spec)
+    path = tmp_path / one.about["files"]["map"]
     ours, theirs = nib.load(path), nib.load(cell.path / "maps" / "sub-001_dseg.nii.gz")
     np.testing.assert_allclose(ours.affine, theirs.affine, atol=1e-4)
     assert np.array_equal(np.asarray(ours.dataobj), np.asarray(theirs.dataobj))
     assert set(np.unique(np.asarray(ours.dataobj))) == {0, 2}  # this head has no lesion
-    about = json.loads(path.with_name(path.name.replace(".nii.gz", ".json")).read_text())
+    about = json.loads(one.path.read_text())
     assert about["run"] == "finding-00000000" and about["labels"] == {"lesion": 1, "fluid": 2}
     assert about["scans"]["T1w"]["sha256"] == store.sha256(scan_of(tree, "001"))
-    assert path.with_name(path.name.replace(".nii.gz", ".png")).is_file()
+    assert (tmp_path / about["files"]["picture"]).is_file()
+    voxel = np.prod(SPACING) / 1000
+    assert about["ml"]["fluid"] == pytest.approx(np.count_nonzero(ours.dataobj) * voxel, abs=1e-3)
+    assert about["known"]["part"] == "test" and predict.notes(about) == [
+        "subject 001 of the cell's test fold"
+    ]
 
 
 def test_a_bids_tree_gives_a_map_for_every_session(
-    trained: tuple[Machine, Path, Artefact], tmp_path: Path
+    made: tuple[Machine, Path, Artefact], tmp_path: Path
 ) -> None:
-    machine, tree, _ = trained
-    written = predict.predict(
-        machine, predict.find(machine.store, "finding-00000000"), predict.Spec(bids=tree, out=tmp_path)
+    machine, tree, _ = made
+    written, _ = predict.predict(
+        machine, trained.find(machine.store, "finding-00000000"), unseen.Spec(bids=tree, out=tmp_path)
     )
-    assert [path.name for path in written] == [f"00{n}_dseg.nii.gz" for n in (1, 2, 3)]
+    assert [one.about["files"]["map"] for one in written] == [f"00{n}_dseg.nii.gz" for n in (1, 2, 3)]
+    assert len((tmp_path / predict.TABLE).read_text().splitlines()) == 4
 
 
-def test_what_does_not_fit_is_refused(trained: tuple[Machine, Path, Artefact], tmp_path: Path) -> None:
-    machine, tree, _ = trained
-    found, scan = predict.find(machine.store, "00000000"), scan_of(tree, "001")
+def test_what_does_not_fit_is_refused(made: tuple[Machine, Path, Artefact], tmp_path: Path) -> None:
+    machine, tree, _ = made
+    found, scan = trained.find(machine.store, "00000000"), scan_of(tree, "001")
 
     def refused(**spec: Any) -> str:
         with pytest.raises(UserError) as caught:
-            predict.predict(machine, found, predict.Spec(out=tmp_path, **spec))
+            predict.predict(machine, found, unseen.Spec(out=tmp_path, **spec))
         return f"{caught.value.code}: {caught.value}"
 
     assert refused(scan={"T2w": scan}).startswith("CONTRASTS") and "scan.T1w=FILE" in refused(
@@ -166,9 +154,7 @@ def test_what_does_not_fit_is_refused(trained: tuple[Machine, Path, Artefact], t
     (tmp_path / "cut.nii.gz").write_bytes(scan.read_bytes()[:-100])
     assert "GZ_TRUNCATED" in refused(scan={"T1w": tmp_path / "cut.nii.gz"})
     with pytest.raises(UserError, match="names 0 finished cells"):
-        predict.find(machine.store, "ffffffff")
-    other = predict.Trained(
-        found.cell, found.shards, found.tokens | {"source": found.tokens["source"] | {"sha256": "0"}}
-    )
+        trained.find(machine.store, "ffffffff")
+    found.embedded["source"]["sha256"] = "0"
     with pytest.raises(UserError, match="these are None"):
-        predict.predict(machine, other, predict.Spec(scan={"T1w": scan}, out=tmp_path))
+        predict.predict(machine, found, unseen.Spec(scan={"T1w": scan}, out=tmp_path))
