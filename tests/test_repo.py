@@ -13,6 +13,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from cranium import cli, reading
 
@@ -111,6 +112,25 @@ def test_every_dependency_is_pinned() -> None:
     wanted = [*PROJECT["project"]["dependencies"], *PROJECT["project"]["optional-dependencies"]["dev"]]
     asked = {_canonical(re.match(r"[A-Za-z0-9_.-]+", want)[0]) for want in wanted}  # type: ignore[index]
     assert asked <= names, asked - names
+
+
+def test_pins_keep_to_the_floors() -> None:
+    """A floor is where a hole was mended (or a feature came); the lock file must not be below one."""
+    pins = dict(
+        line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line
+    )
+    locked = {_canonical(name): version for name, version in pins.items()}
+    extras = PROJECT["project"]["optional-dependencies"]
+    asked = [PROJECT["project"]["dependencies"], *extras.values()]
+    wanted = [Requirement(one) for several in asked for one in several]
+    unpinned = {"pip"}  # fetches the demo's packages, and is what reads the lock file
+    below = [
+        str(w) for w in wanted if w.name not in unpinned and locked[_canonical(w.name)] not in w.specifier
+    ]
+    assert below == []
+    floors = {w.name: w.specifier for w in wanted}
+    for name, holed in (("ray", "2.59.0"), ("mlflow", "3.7.0"), ("torch", "2.9.1")):
+        assert holed not in floors[name], f"{name} {holed} is known to be unsafe"
 
 
 def _canonical(name: str) -> str:

@@ -52,7 +52,11 @@ def main(home: Path) -> int:
     if not (data / "PG_VERSION").is_file():
         words = [program("initdb"), "--auth=scram-sha-256", "--username=mlflow", f"--pwfile={password}"]
         words += ["--encoding=UTF8", "--no-locale", str(data)]
-        subprocess.run(words, check=True, stdout=subprocess.DEVNULL, cwd=sockets, **run_as)  # type: ignore[call-overload]
+        if subprocess.run(words, stdout=subprocess.DEVNULL, cwd=sockets, **run_as).returncode:  # type: ignore[call-overload]
+            user = owner.pw_name if owner else "this user"
+            sys.exit(
+                f"error POSTGRES: initdb failed; look above, and whether {user} can enter every folder of {data}"
+            )
     words = [program("postgres"), "-D", str(data), "-p", str(port), "-k", str(sockets)]
     words += ["-c", "listen_addresses=127.0.0.1"]
     postgres = subprocess.Popen(words, cwd=sockets, **run_as)  # type: ignore[call-overload]

@@ -187,8 +187,7 @@ def test_leaving_the_follower_leaves_the_job(dashboard: str, study: Path) -> Non
 
 
 def test_nobody_at_the_address_is_one_line(study: Path) -> None:
-    done = _cranium(
-        "submit", "ingest", "tiny.yaml", "address=http://127.0.0.1:1", f"raw.jobs={study}", cwd=study
-    )
+    facts = ["address=http://127.0.0.1:1", f"store={study / 'store'}", f"raw.jobs={study}"]
+    done = _cranium("submit", "ingest", "tiny.yaml", *facts, cwd=study)
     assert done.returncode == 1
     assert done.stderr.startswith("error NO_CLUSTER: ") and done.stderr.count("\n") == 1
