@@ -229,10 +229,15 @@ def _verdict(setting: Setting, full: float, pairs: Sequence[Comparison]) -> str:
             )
     rest = [pair for pair in ours if not pair.shown]
     if len(rest) > 1:
-        said.append(f"No difference was shown for {len(rest)} of {len(ours)} pairs.")
+        said.append(
+            f"No difference was shown for {len(rest)} of {len(ours)} pairs, which is no evidence that there is none"
+            f"{_would_miss(rest)}."
+        )
     elif rest:
         pair = rest[0]
-        reason = "with this many subjects and folds that is no evidence that there is none"
+        reason = (
+            f"with this many subjects and folds that is no evidence that there is none{_would_miss(rest)}"
+        )
         if isinstance(pair.interval, Interval) and not pair.interval.low <= 0 <= pair.interval.high:
             reason = (
                 "the interval over test subjects excludes 0, but the corrected test over folds does not agree"
@@ -242,6 +247,18 @@ def _verdict(setting: Setting, full: float, pairs: Sequence[Comparison]) -> str:
             f"{wording.interval(pair.interval, signed=True)}; corrected p {wording.p_value(pair.holm)}): {reason}."
         )
     return " ".join(said)
+
+
+def _would_miss(pairs: Sequence[Comparison]) -> str:
+    """What true differences these tests would not find; nothing where that is unknown."""
+    known = [pair.detectable for pair in pairs]
+    sizes = [size for size in known if isinstance(size, float)]
+    if not sizes:
+        return ""
+    if min(sizes) >= 1:
+        return ": any true difference would be missed more often than once in five"
+    span = f"{min(sizes):.2f}" if len(sizes) == 1 else f"{min(sizes):.2f} to {max(sizes):.2f} (by the pair)"
+    return f": a true difference below {span} would be missed more often than once in five"
 
 
 def _chance(here: Sequence[Point], full: float) -> str:
@@ -361,6 +378,10 @@ def _pair_table(pairs: Sequence[Comparison], name: str) -> Table:
                 if isinstance(pair.corrected, Undefined)
                 else wording.p_value(pair.corrected.p),
                 "exploratory" if pair.holm is None else wording.p_value(pair.holm),
+                "undefined" if isinstance(pair.detectable, Undefined) else pair.detectable,
+                pair.over_seeds.reason
+                if isinstance(pair.over_seeds, Undefined)
+                else wording.p_value(pair.over_seeds.p),
             )
         )
     columns = (
@@ -371,6 +392,8 @@ def _pair_table(pairs: Sequence[Comparison], name: str) -> Table:
         "paired t, p",
         "corrected t, p",
         "corrected p, Holm",
+        "detectable",
+        "Wilcoxon over seeds, p",
     )
     return Table(columns, tuple(rows), name)
 
@@ -401,6 +424,10 @@ def _results(found: Sequence[Point], pairs: Sequence[Comparison], inputs: Report
         "t-tests are paired over folds. The corrected resampled t-test (Nadeau and Bengio) allows for training sets "
         "that overlap; Holm adjusts it over all pairs at the largest label fraction. A difference counts as shown "
         "only when its interval excludes 0 and its adjusted p is below 0.05. Smaller fractions are exploratory.",
+        "Detectable is the true difference that the corrected test, before Holm, would find in four of five studies "
+        "with this spread over folds: what is smaller is mostly missed, so one that was not shown may be there. "
+        "Wilcoxon's test pairs the means over folds of each seed; seeds share their subjects, so it speaks of training "
+        "again, not of other people.",
     )
     sections = [Section("initialisations", "Initialisations", (), tuple(main))]
     if few:

@@ -16,8 +16,8 @@ TEXT = (
     "declared recipe first), ASHA ends what falls behind, validation subjects taken from the labelled ones choose. The "
     "cell was then fitted with the winner and judged once. Every initialisation had the same number of trials a cell, "
     "and winners of its own.",
-    "A validation AUROC here is the best of many on few subjects, so it is too high, and is no result. The same "
-    "validation subjects choose the settings and the epoch.",
+    "An AUROC here is of validation subjects and the best of many, so it is too high, and no result. The same subjects "
+    "choose the settings and the epoch.",
 )
 SPENT = ("trials", "ended_early", "diverged", "epochs")
 
@@ -81,5 +81,5 @@ def _winners(found: Sequence[Mapping[str, Any]]) -> Table:
             (*where, cell["fold"], cell["seed"], manifest["counts"]["n_validation"], won, *scores, *shown)
         )
     columns = ("task", "init", "adaptation", "labels", "grouped by", "fold", "seed", "n select", "won",
-               "declared, validation AUROC", "winner, validation AUROC", *names)  # fmt: skip
+               "declared, AUROC", "winner, AUROC", *names)  # fmt: skip
     return Table(columns, tuple(rows), "winners")

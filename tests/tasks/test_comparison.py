@@ -10,7 +10,7 @@ import pytest
 from cranium.tasks import comparison
 from cranium.tasks.comparison import Cell, Setting
 from cranium.tasks.metrics import Undefined
-from cranium.tasks.statistics import Fold, Test, corrected_t_test
+from cranium.tasks.statistics import Fold, Test, Wilcoxon, corrected_t_test, detectable, wilcoxon
 
 SETTING = Setting("lesion", "demo", "T1w", "subject", "linear")
 
@@ -52,6 +52,26 @@ def test_pairs_are_tested_over_folds_and_seeds_of_a_fold_are_averaged() -> None:
     )
     assert pair.corrected == corrected_t_test(a, b, 80, 20)
     assert isinstance(pair.corrected, Test) and pair.corrected.df == 4 and pair.holm == pair.corrected.p
+    assert pair.detectable == detectable(pair.corrected) > 0
+
+
+def test_each_seed_is_a_pair_of_means_and_fewer_than_six_are_refused() -> None:
+    grid = [(i, g, k, s) for i, g in (("random", 0.3), ("scratch", 1.5)) for k in range(3) for s in range(7)]
+    cells = [cell(i, k, g, seed=s) for i, g, k, s in grid]
+    (pair,) = comparison.comparisons(comparison.points(cells, resamples=100), resamples=100)
+    values = {
+        (p.init, c.seed, c.fold): v
+        for p in comparison.points(cells, 100)
+        for c, v in zip(p.cells, p.fold_values, strict=True)
+    }
+    means = {
+        i: [np.mean([values[i, s, k] for k in range(3)]) for s in range(7)] for i in ("random", "scratch")
+    }
+    assert isinstance(pair.over_seeds, Wilcoxon) and pair.over_seeds.pairs == 7
+    assert pair.over_seeds == wilcoxon(means["scratch"], means["random"])
+    short = [c for c in cells if (c.fold, c.seed) not in ((0, 0), (1, 1))]  # two seeds lack a fold
+    (pair,) = comparison.comparisons(comparison.points(short, resamples=100), resamples=100)
+    assert isinstance(pair.over_seeds, Undefined) and pair.over_seeds.reason.startswith("5 pairs")
 
 
 def test_only_the_largest_fraction_is_the_family() -> None:
@@ -74,6 +94,7 @@ def test_a_difference_needs_both_the_interval_and_the_test() -> None:
     few = [c for c in far if c.fold < 1]
     (pair,) = comparison.comparisons(comparison.points(few, resamples=400), resamples=400)
     assert isinstance(pair.corrected, Undefined) and not pair.shown
+    assert pair.detectable == pair.corrected
 
 
 def test_other_test_subjects_are_no_pair() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -11,7 +12,7 @@ from scipy import stats
 
 from cranium.tasks import metrics, statistics
 from cranium.tasks.metrics import Undefined
-from cranium.tasks.statistics import Fold
+from cranium.tasks.statistics import Fold, Test, Wilcoxon, paired_t_test
 
 
 def fold(rng: np.random.Generator, n: int, shift: float, name: str, groups: int | None = None) -> Fold:
@@ -177,3 +178,62 @@ def test_holm_by_hand() -> None:
     # sorted .01 .02 .03 .04 times 4 3 2 1 = .04 .06 .06 .04, then made monotone.
     assert statistics.holm([0.04, 0.01, gone, 0.03, 0.02]) == pytest.approx([0.06, 0.04, gone, 0.06, 0.06])
     assert statistics.holm([0.9, 0.8]) == [1.0, 1.0]
+
+
+# ---- signed ranks and power -----------------------------------------------------------------------------------------
+
+
+def slow_signed_ranks(difference: np.ndarray) -> float:
+    """Two-sided p from the definition: all 2^n signs of the ranks."""
+    ranks = stats.rankdata(abs(difference))
+    seen = ranks[difference > 0].sum()
+    sums = np.array([sum(r for r, sign in zip(ranks, signs, strict=True) if sign)
+                     for signs in product((0, 1), repeat=len(ranks))])  # fmt: skip
+    return float(min(1.0, 2 * min((sums <= seen + 1e-9).mean(), (sums >= seen - 1e-9).mean())))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_signed_ranks_agree_with_scipy_and_with_ties_with_all_signs(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    a, b = rng.normal(0.3, 1, 9), rng.normal(0, 1, 9)
+    found = statistics.wilcoxon(a, b)
+    assert isinstance(found, Wilcoxon) and found.pairs == 9
+    assert found.p == pytest.approx(stats.wilcoxon(a, b, method="exact").pvalue)
+    assert found.median == pytest.approx(float(np.median(a - b)))
+    tied = np.round(rng.normal(0.5, 1, 10))
+    differing = tied[tied != 0]
+    found = statistics.wilcoxon(tied, np.zeros(10))
+    if len(differing) < 6:
+        assert isinstance(found, Undefined)
+    else:
+        assert isinstance(found, Wilcoxon) and found.p == pytest.approx(slow_signed_ranks(differing))
+
+
+def test_fewer_than_six_pairs_are_refused_as_they_could_show_nothing() -> None:
+    least = [2 * 0.5**n for n in (5, 6)]
+    assert least[0] > 0.05 > least[1]
+    refused = statistics.wilcoxon([1, 2, 3, 4, 5, 7.0], [0, 0, 0, 0, 0, 7.0])  # one pair does not differ
+    assert isinstance(refused, Undefined) and "5 pairs that differ" in refused.reason
+    found = statistics.wilcoxon([1, 2, 3, 4, 5, 6.0], [0] * 6)
+    assert isinstance(found, Wilcoxon) and found.p == pytest.approx(least[1])
+    with pytest.raises(ValueError, match="one finite value"):
+        statistics.wilcoxon([1.0], [1.0, 2.0])
+
+
+def test_a_detectable_difference_is_found_in_four_of_five_simulated_studies() -> None:
+    rng, folds, spread = np.random.default_rng(0), 5, 0.04
+    test = paired_t_test([0.1, 0.2, 0.25, 0.1, 0.15], [0.1, 0.15, 0.2, 0.12, 0.1])
+    assert isinstance(test, Test)
+    scaled = replace(
+        test, difference=0.01, t=0.01 / (spread / np.sqrt(folds))
+    )  # a standard error that is known
+    wanted = statistics.detectable(scaled)
+    studies = rng.normal(wanted, spread, (40_000, folds))
+    t = studies.mean(1) / (studies.std(1, ddof=1) / np.sqrt(folds))
+    found = (abs(t) > stats.t.ppf(0.975, folds - 1)).mean()
+    assert found == pytest.approx(0.8, abs=0.01) == pytest.approx(statistics.power(scaled, wanted), abs=0.01)
+    assert statistics.power(scaled, 0.0) == pytest.approx(0.05)
+    level = replace(test, difference=0.0, t=0.0, low=-0.1, high=0.1)
+    error = 0.1 / stats.t.ppf(0.975, 4)
+    assert statistics.power(level, statistics.detectable(level)) == pytest.approx(0.8)
+    assert statistics.detectable(level) == pytest.approx(wanted * error / (spread / np.sqrt(folds)))

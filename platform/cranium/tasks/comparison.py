@@ -19,11 +19,14 @@ from .statistics import (
     Fold,
     Interval,
     Test,
+    Wilcoxon,
     bootstrap_difference,
     bootstrap_interval,
     corrected_t_test,
+    detectable,
     holm,
     paired_t_test,
+    wilcoxon,
 )
 
 ORDER = ("random", "imagenet", "dinov2", "scratch", "brainfound")  # then run:<id>, and these last:
@@ -93,7 +96,13 @@ class Comparison:
     interval: Interval | Undefined  # bootstrap over test groups, models fixed
     paired: Test | Undefined
     corrected: Test | Undefined
-    holm: Value | None  # the corrected p adjusted over the family; None outside the primary family
+    over_seeds: Wilcoxon | Undefined  # of the means over folds
+    holm: Value | None = None  # the corrected p adjusted over the family; None outside the primary family
+
+    @property
+    def detectable(self) -> Value:
+        """The true difference that the corrected test would find in four of five studies like this one."""
+        return self.corrected if isinstance(self.corrected, Undefined) else detectable(self.corrected)
 
     @property
     def shown(self) -> bool:
@@ -157,7 +166,7 @@ def comparisons(found: Sequence[Point], resamples: int = 2000) -> list[Compariso
         pairs = [_compare(a, b, resamples) for b, a in combinations(members, 2)]
         if fraction == largest[setting]:
             p_values = [c.corrected if isinstance(c.corrected, Undefined) else c.corrected.p for c in pairs]
-            pairs = [_adjusted(pair, p) for pair, p in zip(pairs, holm(p_values), strict=True)]
+            pairs = [replace(pair, holm=p) for pair, p in zip(pairs, holm(p_values), strict=True)]
         results += pairs
     return results
 
@@ -186,12 +195,6 @@ def way(point: Point) -> int:
 def cheapness(name: str) -> int:
     """Sort key: adaptations from the cheapest to the dearest."""
     return ADAPTATIONS.index(name) if name in ADAPTATIONS else len(ADAPTATIONS)
-
-
-def _adjusted(pair: Comparison, p: Value) -> Comparison:
-    return Comparison(
-        pair.setting, pair.a, pair.b, pair.label_fraction, pair.interval, pair.paired, pair.corrected, p
-    )
 
 
 def _compare(a: Point, b: Point, resamples: int) -> Comparison:
@@ -223,4 +226,21 @@ def _compare(a: Point, b: Point, resamples: int) -> Comparison:
             n_train = float(np.mean([a.cells[ours[key]].n_train for key in shared]))
             n_test = float(np.mean([a.cells[ours[key]].n_test for key in shared]))
             paired, corrected = paired_t_test(x, y), corrected_t_test(x, y, n_train, n_test)
-    return Comparison(a.setting, a.init, b.init, a.label_fraction, interval, paired, corrected, None)
+    over = _over_seeds(a, b)
+    return Comparison(a.setting, a.init, b.init, a.label_fraction, interval, paired, corrected, over)
+
+
+def _over_seeds(a: Point, b: Point) -> Wilcoxon | Undefined:
+    """One pair a seed: the means over its folds, where both sides have all of them."""
+    means: list[dict[int, float]] = []
+    folds = {cell.fold for cell in (*a.cells, *b.cells)}
+    for point in (a, b):
+        by_seed: dict[int, list[float]] = defaultdict(list)
+        for cell, value in zip(point.cells, point.fold_values, strict=True):
+            if not isinstance(value, Undefined):
+                by_seed[cell.seed].append(value)
+        means.append(
+            {seed: float(np.mean(values)) for seed, values in by_seed.items() if len(values) == len(folds)}
+        )
+    shared = sorted(means[0].keys() & means[1].keys())
+    return wilcoxon([means[0][seed] for seed in shared], [means[1][seed] for seed in shared])

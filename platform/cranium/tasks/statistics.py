@@ -11,11 +11,12 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
+from scipy import optimize, stats
 
 from .metrics import Floats, Undefined, Value, weighted_auroc
 
 Metric = Callable[[ArrayLike, ArrayLike, Floats], Floats]
+MIN_PAIRS = 6  # with 5 the smallest two-sided p of a signed-rank test is 1/16
 MIN_KEPT = 0.5  # share of resamples that must be defined for an interval to be shown
 
 
@@ -54,6 +55,15 @@ class Test:
     high: float
     t: float
     df: int
+    p: float
+
+
+@dataclass(frozen=True)
+class Wilcoxon:
+    """A two-sided signed-rank test of pairs: how many differ, their median difference a - b, and p."""
+
+    pairs: int
+    median: float
     p: float
 
 
@@ -198,6 +208,53 @@ def _t_test(a: Sequence[float], b: Sequence[float], factor: float, level: float)
     return Test(
         float(mean), float(mean - half), float(mean + half), float(t), df, float(2 * stats.t.sf(abs(t), df))
     )
+
+
+def power(test: Test, difference: float, alpha: float = 0.05) -> float:
+    """Chance that this t-test finds a true mean difference of that size (noncentral t; its standard error is kept).
+
+    Asked of a difference that would matter, never of the one that was seen: that says nothing beyond p.
+    """
+    bound = float(stats.t.ppf(1 - alpha / 2, test.df))
+    moved = difference / _error(test)
+    return float(stats.nct.sf(bound, test.df, moved) + stats.nct.cdf(-bound, test.df, moved))
+
+
+def detectable(test: Test, wanted: float = 0.8, alpha: float = 0.05) -> float:
+    """The true mean difference that this t-test would find in a share `wanted` of studies like this one."""
+    error = most = _error(test)
+    while power(test, most, alpha) < wanted:
+        most *= 2  # far beyond it the noncentral t has no number
+    return float(optimize.brentq(lambda d: power(test, d, alpha) - wanted, 0.0, most, xtol=1e-9 * error))
+
+
+def _error(test: Test) -> float:
+    return test.difference / test.t if test.t else (test.high - test.low) / (2 * stats.t.ppf(0.975, test.df))
+
+
+def wilcoxon(a: Sequence[float], b: Sequence[float]) -> Wilcoxon | Undefined:
+    """Wilcoxon's signed-rank test of a - b, exact also with ties (mid-ranks); pairs without a difference are left out.
+
+    Undefined below 6 pairs that differ: no outcome of theirs could be called significant at 0.05.
+    """
+    difference = np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)
+    if len(a) != len(b) or not np.isfinite(difference).all():
+        raise ValueError("give one finite value per pair on both sides")
+    differing = difference[abs(difference) > 1e-12]  # equal up to rounding
+    if len(differing) < MIN_PAIRS:
+        return Undefined(
+            f"{len(differing)} pairs that differ: Wilcoxon needs {MIN_PAIRS}, as fewer cannot reach 0.05"
+        )
+    doubled = np.rint(2 * stats.rankdata(abs(differing))).astype(int)  # whole numbers: mid-ranks are halves
+    ways = np.ones(1)  # share of all signs by the doubled sum of the positive ranks
+    for rank in doubled:
+        longer = np.zeros(len(ways) + rank)
+        longer[: len(ways)] += ways / 2
+        longer[rank:] += ways / 2
+        ways = longer
+    positive = int(doubled[differing > 0].sum())
+    tail = min(ways[: positive + 1].sum(), ways[positive:].sum())
+    return Wilcoxon(len(differing), float(np.median(difference)), float(min(1.0, 2 * tail)))
 
 
 def delong(labels: ArrayLike, scores_a: ArrayLike, scores_b: ArrayLike) -> DeLong | Undefined:
