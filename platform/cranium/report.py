@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from cranium import report_adaptations, report_search, report_segmentation, wording
+from cranium import report_adaptations, report_search, report_segmentation, report_strata, wording
 from cranium.config import UserError
 from cranium.figures import corpus, page, plots, training
 from cranium.figures.page import Link, Plate, Section, Table
@@ -93,6 +93,7 @@ def write(exp_name: str, inputs: ReportInputs, out: Path) -> Path:
     sections = [
         *(_results(found, pairs, inputs) if found else []),
         *report_adaptations.section(found, inputs.bootstrap),
+        *report_strata.section(judged, inputs.bootstrap),
         *report_search.section(judged),
         *on_maps,
         Section("cohorts", "Cohorts", (), tuple(sheet), (corpus.counts(cohorts),) if cohorts else ()),
