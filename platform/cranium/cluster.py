@@ -28,6 +28,7 @@ from cranium.reading import share
 
 ENVIRONMENT: Mapping[str, str] = {
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_USAGE_STATS_REPORT_URL": "http://127.0.0.1:9",  # where `ray start` would report that reports are switched off
     "DO_NOT_TRACK": "1",  # MLflow, the hub of weights
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",  # the dashboard's Train tab
     "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": "1800",

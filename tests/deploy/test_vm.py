@@ -14,7 +14,7 @@ from botocore.validate import ParamValidator
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.scripts.scripts import cli
 
-from cranium import __version__
+from cranium import __version__, cluster
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "deploy" / "vm").glob("*.yaml"))
@@ -47,7 +47,7 @@ def _ray_calls() -> list[tuple[str, str, tuple[str, ...]]]:
     for path in sorted((ROOT / "deploy").rglob("*")):
         if path.suffix in (".yaml", ".sbatch"):
             text = re.sub(r"\\\n|\n(?= *--)", " ", path.read_text())
-            for verb, rest in re.findall(r"\bray (start|stop|drain-node)\b([^\n]*)", text):
+            for verb, rest in re.findall(r"(?<!`)\bray (start|stop|drain-node)\b([^\n]*)", text):
                 found.append((path.name, verb, tuple(re.findall(r"--[a-z-]+", rest.split("&&")[0]))))
     return found
 
@@ -82,6 +82,24 @@ def test_nodes_get_this_version_and_its_locked_dependencies(config: dict[str, An
     assert config["file_mounts"][f"~/{wheel}"] == f"dist/{wheel}"
     assert config["file_mounts"]["~/constraints.txt"] == "constraints.txt"
     assert f'~/constraints.txt "$HOME/{wheel}[s3]"' in config["setup_commands"][-1]
+
+
+@pytest.mark.parametrize(
+    "name", ["Containerfile", "slurm/cranium.sbatch", "kubernetes/setup.yaml", "vm/cranium.env"]
+)
+def test_a_started_cluster_reports_to_nobody(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With reports switched off `ray start` still sends one, to say so; only its address can be changed."""
+    from ray._common.usage import usage_lib
+
+    text = (ROOT / "deploy" / name).read_text()
+    given = re.search(r"RAY_USAGE_STATS_REPORT_URL(?:=|: )(\S+)", text)
+    assert given and re.search(r"RAY_USAGE_STATS_ENABLED(?:=0|: \"0\")", text)
+    monkeypatch.setenv("RAY_USAGE_STATS_REPORT_URL", given[1])
+    assert (
+        usage_lib._usage_stats_report_url()
+        == "http://127.0.0.1:9"
+        == cluster.ENVIRONMENT["RAY_USAGE_STATS_REPORT_URL"]
+    )
 
 
 def test_preemptible_nodes_carry_no_driver() -> None:
