@@ -22,7 +22,7 @@ from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
 from sklearn.preprocessing import OneHotEncoder
 
-from cranium import config, demo, demo_sources
+from cranium import cohort, config, demo, demo_sources
 from cranium.cards import load_card
 
 SPEC = config.Demo()
@@ -182,6 +182,16 @@ def test_masks_lie_on_the_grid_of_their_scan(tree: tuple[Path, dict[str, str]]) 
         inside, image = np.asarray(brain.dataobj) > 0, np.asarray(scan.dataobj).astype(float)
         air = ~ndimage.binary_dilation(inside, iterations=12)
         assert np.median(image[inside]) > 4 * np.median(image[air])
+
+
+def test_the_card_knows_every_file_and_takes_the_lesions_of_t1w(tree: tuple[Path, dict[str, str]]) -> None:
+    card = load_card("demo")
+    table = cohort.scan(card.model_copy(update={"tables": (), "overlaps": ()}), tree[0])
+    assert table.notes == ()
+    stem = "derivatives/masks/sub-007/anat/sub-007_space-T1w_desc"
+    assert table.sessions[0].segmentation == f"{stem}-lesion_mask.nii.gz"
+    assert table.sessions[0].scans["T1w"].mask == f"{stem}-brain_mask.nii.gz"
+    assert load_card("demo_external").segmentation == card.segmentation == {"lesion": (1,)}
 
 
 @pytest.mark.parametrize(("contrast", "sign"), [("T1w", -1), ("T2w", 1), ("FLAIR", 1)])
