@@ -194,6 +194,8 @@ def mapped(
     )
     dataset.context.execution_options = ExecutionOptions(preserve_order=True)
     dataset.context.enable_progress_bars = False
+    # Or what is found wrong with a shard comes wrapped, without its code.
+    dataset.context.raise_original_map_exception = True
     try:
         yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow")
     except Exception as error:
