@@ -166,3 +166,5 @@ def test_initialisations_and_adaptations_are_crossed_not_mixed(tmp_path: Path) -
         page
     )
     assert "folds grouped by subject, finetune" in visible(page)  # each adaptation has a chart of its own
+    for once in ("Covariates alone give", "A ring is the AUROC of one cell"):
+        assert visible(page).count(once) == 1

@@ -31,6 +31,22 @@ INTERVAL = (
     "the models are fixed, so the variance of training is not in it)"
 )
 
+# How the figures of a section are read: said once, above them.
+MEANS = (
+    "A ring is the AUROC of one cell (fold and seed), a bar runs from chance to the mean over folds with a thick "
+    f"mark at the mean, a whisker is its {INTERVAL}. Covariates are head, site and presence of contrasts; volumes are "
+    "ml of brain, tissues and ventricles; cnn is a small network trained from scratch. Rows without a backbone are "
+    "the same beside every adaptation."
+)
+FRACTIONS = (
+    "A marker is the mean AUROC over folds at that share of labelled training subjects (n of them below; log scale), "
+    f"a band its {INTERVAL}. Fractions are nested and the same subjects for every initialisation."
+)
+OUTSIDE = (
+    "A filled disc is the mean AUROC on held-out folds, a ring the mean of the same models on another cohort, which no "
+    f"model was trained on; a line is the {INTERVAL}. External subjects are drawn once for all folds."
+)
+
 
 @dataclass(frozen=True)
 class ReportInputs:
@@ -193,7 +209,7 @@ def _answer(found: Sequence[Point], pairs: Sequence[Comparison]) -> list[str]:
             f"{wording.setting(setting, settings)}: with all labels {_means(here, full)}.",
             _verdict(setting, full, pairs),
             f"With the fewest labels {_means(here, fewest)}." if fewest < full else "",
-            _chance(here, full),
+            _chance(here, full) if setting in comparison.cheapest(settings) else "",
         ]
         sentences.append(" ".join(sentence for sentence in said if sentence))
     return sentences
@@ -430,26 +446,22 @@ def _results(found: Sequence[Point], pairs: Sequence[Comparison], inputs: Report
         "Wilcoxon's test pairs the means over folds of each seed; seeds share their subjects, so it speaks of training "
         "again, not of other people.",
     )
-    sections = [Section("initialisations", "Initialisations", (), tuple(main))]
+    sections = [Section("initialisations", "Initialisations", (MEANS,), tuple(main))]
     if few:
-        sections.append(Section("labels", "Few labels", (), tuple(few)))
+        sections.append(Section("labels", "Few labels", (FRACTIONS,), tuple(few)))
     if outside:
-        sections.append(Section("external", "External cohorts", (), tuple(outside)))
+        sections.append(Section("external", "External cohorts", (OUTSIDE,), tuple(outside)))
     held = tuple(tuple(table for table in some if table.rows) for some in (tests, smaller))
     sections.append(Section("tests", "Comparisons", text, (), *held))
     return sections
 
 
 def _main_plate(top: Sequence[Point], where: str, inputs: ReportInputs) -> Plate:
-    caption = (
-        "A ring is the AUROC of one cell (fold and seed), a bar runs from chance to the mean over folds with a thick "
-        f"mark at the mean, a whisker is its {INTERVAL}. Covariates are head, site and presence of contrasts; "
-        "volumes are ml of brain, tissues and ventricles; cnn is a small network trained from scratch."
-    )
+    caption = ""
     rough = [p.interval for p in top if isinstance(p.interval, Interval) and not p.interval.by_fold]
     if rough:
-        caption += (
-            f" Here whole folds are drawn, as each is one group of {rough[0].num_groups}: with so few the whisker is "
+        caption = (
+            f"Here whole folds are drawn, as each is one group of {rough[0].num_groups}: with so few the whisker is "
             "close to their range and too narrow."
         )
     picture = plots.bars([_mark(p) for p in top], f"AUROC by initialisation: {where}")
@@ -466,12 +478,8 @@ def _fraction_plate(inside: Sequence[Point], where: str) -> Plate:
     for init in sorted({p.init for p in inside}, key=comparison.rank):
         ours = sorted((p for p in inside if p.init == init), key=lambda p: p.label_fraction)
         lines.append(plots.Curve(init, tuple(p.label_fraction for p in ours), tuple(_mark(p) for p in ours)))
-    caption = (
-        f"A marker is the mean AUROC over folds at that share of labelled training subjects (n of them below; log "
-        f"scale), a band its {INTERVAL}. Fractions are nested and the same subjects for every initialisation."
-    )
     picture = plots.curves(lines, sizes, f"AUROC against label fraction: {where}")
-    return Plate(where, caption, picture, (_point_table(inside, "label fractions"),))
+    return Plate(where, "", picture, (_point_table(inside, "label fractions"),))
 
 
 def _external_plate(
@@ -480,14 +488,10 @@ def _external_plate(
     outside = {p.init: p for p in beside}
     both = [(p, outside[p.init]) for p in top if p.init in outside]
     rows = [(_mark(a), _mark(b)) for a, b in both]
-    caption = (
-        f"A filled disc is the mean AUROC on held-out folds, a ring the mean of the same models on {cohort}, which no "
-        f"model was trained on; a line is the {INTERVAL}. External subjects are drawn once for all folds."
-    )
     picture = plots.pairs(rows, ("held-out folds", cohort), f"Internal beside external AUROC: {where}")
     ordered = [p for pair in both for p in pair]
     tables = (_point_table(ordered, "internal and external"), _cell_table(beside, inputs))
-    return Plate(f"{cohort} beside held-out folds: {where}", caption, picture, tables)
+    return Plate(f"{cohort} beside held-out folds: {where}", "", picture, tables)
 
 
 # ---- where it comes from --------------------------------------------------------------------------------------------

@@ -74,6 +74,25 @@ def test_each_seed_is_a_pair_of_means_and_fewer_than_six_are_refused() -> None:
     assert isinstance(pair.over_seeds, Undefined) and pair.over_seeds.reason.startswith("5 pairs")
 
 
+def test_rows_without_a_backbone_are_compared_with_each_other_once() -> None:
+    gains = {"random": 0.0, "cnn": 1.0, "covariates": 0.2}
+    cells = [cell(init, k, gain) for init, gain in gains.items() for k in range(5)]
+    dear = SETTING._replace(adaptation="finetune")
+    cells += [replace(c, setting=dear) for c in cells if c.init == "random"]
+    placed = comparison.beside_references(cells)
+    pairs = comparison.comparisons(comparison.points(placed, resamples=200), resamples=200)
+    found = [(pair.setting.adaptation, pair.a, pair.b) for pair in pairs]
+    assert found.count(("linear", "covariates", "cnn")) == 1 and len(found) == 3 + 2
+    assert {(a, b) for way, a, b in found if way == "finetune"} == {
+        ("cnn", "random"),
+        ("covariates", "random"),
+    }
+    p_values = {pair.a: pair.corrected.p for pair in pairs if pair.setting == dear}
+    assert max(p.holm for p in pairs if p.setting == dear) == max(
+        *p_values.values(), 2 * min(p_values.values())
+    )
+
+
 def test_only_the_largest_fraction_is_the_family() -> None:
     gains = {"random": 0.0, "scratch": 1.0, "dinov2": 1.2}
     cells = [cell(i, k, g, fraction=f) for i, g in gains.items() for k in range(5) for f in (0.1, 1.0)]

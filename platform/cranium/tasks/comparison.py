@@ -7,7 +7,7 @@ how they were adapted. Rows without a backbone have one way of their own; they s
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import NamedTuple
@@ -153,6 +153,7 @@ def comparisons(found: Sequence[Point], resamples: int = 2000) -> list[Compariso
 
     The primary family is all pairs at the largest fraction of a setting: Holm adjusts inside it. Smaller fractions
     are exploratory and carry no adjusted p. Covariates take part: to be no better than the scanner is a finding.
+    Pairs of rows without a backbone are the same beside every adaptation, and taken beside the cheapest alone.
     """
     grouped: dict[tuple[Setting, float], list[Point]] = defaultdict(list)
     for point in found:
@@ -163,7 +164,12 @@ def comparisons(found: Sequence[Point], resamples: int = 2000) -> list[Compariso
         largest[setting] = max(fraction, largest.get(setting, 0.0))
     results = []
     for (setting, fraction), members in sorted(grouped.items(), key=lambda item: (item[0][0], -item[0][1])):
-        pairs = [_compare(a, b, resamples) for b, a in combinations(members, 2)]
+        new = setting in cheapest(largest)
+        pairs = [
+            _compare(a, b, resamples)
+            for b, a in combinations(members, 2)
+            if new or not {a.init, b.init} <= set(REFERENCES)
+        ]
         if fraction == largest[setting]:
             p_values = [c.corrected if isinstance(c.corrected, Undefined) else c.corrected.p for c in pairs]
             pairs = [replace(pair, holm=p) for pair, p in zip(pairs, holm(p_values), strict=True)]
@@ -186,6 +192,14 @@ def between_adaptations(found: Sequence[Point], resamples: int = 2000) -> list[C
             names = (f"{p.init}, {p.setting.adaptation}" for p in (a, b))
             results.append(replace(pair, a=next(names), b=next(names)))
     return results
+
+
+def cheapest(settings: Collection[Setting]) -> set[Setting]:
+    """Of settings that differ in their adaptation only, the one with the cheapest."""
+    first: dict[Setting, Setting] = {}
+    for setting in sorted(settings, key=lambda s: cheapness(s.adaptation)):
+        first.setdefault(setting._replace(adaptation=""), setting)
+    return set(first.values())
 
 
 def way(point: Point) -> int:
