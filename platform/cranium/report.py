@@ -440,7 +440,8 @@ def _results(found: Sequence[Point], pairs: Sequence[Comparison], inputs: Report
         "Differences are a minus b on the same test subjects. The interval resamples test groups; the two-sided "
         "t-tests are paired over folds. The corrected resampled t-test (Nadeau and Bengio) allows for training sets "
         "that overlap; Holm adjusts it over all pairs at the largest label fraction. A difference counts as shown "
-        "only when its interval excludes 0 and its adjusted p is below 0.05. Smaller fractions are exploratory.",
+        "only when its interval excludes 0 and its adjusted p is below 0.05. Smaller fractions are exploratory. "
+        "Rows without a backbone are compared with each other once, beside the cheapest adaptation.",
         "Detectable is the true difference that the corrected test, before Holm, would find in four of five studies "
         "with this spread over folds: what is smaller is mostly missed, so one that was not shown may be there. "
         "Wilcoxon's test pairs the means over folds of each seed; seeds share their subjects, so it speaks of training "
