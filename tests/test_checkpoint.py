@@ -192,7 +192,7 @@ def test_an_alias_of_mlflows_registry_names_a_run(tmp_path: Path, mlflow_db: str
     store.write_atomic(
         tmp_path / "tracked" / "00" / f"pretrain-{made.path.name}.json", json.dumps({"run": run})
     )
-    client = track._client(mlflow_db)
+    client = track.connected(mlflow_db)
     client.create_registered_model("brain")
     version = client.create_model_version("brain", source=made.path.as_uri(), run_id=run)
     client.set_registered_model_alias("brain", "best", version.version)
@@ -286,7 +286,7 @@ def test_the_load_report_stands_in_mlflow(tmp_path: Path, mlflow_db: str):
     machine = config.Machine(store=tmp_path, tracking_uri=mlflow_db)
     study = Study(exp, machine, {}, Console(quiet=True))
     recording.pretrained(study, "scratch", made, True)
-    tags = track._client(mlflow_db).get_run(recording.runs(study, made)["run"]).data.tags
+    tags = track.connected(mlflow_db).get_run(recording.runs(study, made)["run"]).data.tags
     assert tags["start.sha256"] == source.sha256 and tags["start.position"] == "timm"
     total = len(checkpoint.load_backbone("random", **TINY)[0].state_dict())
     assert tags["start.report"] == f"{total} of {total} tensors loaded (cranium names)"

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,7 @@ def finish(work: object, **more: object) -> None:
 def told(study: Study, grid: sweep.Grid) -> tuple[str, dict[str, track.Run]]:
     """The status of the sweep's run, and its cells by key."""
     tracker = track.Tracker(study.machine.tracking, study.exp.name)
-    parent = tracker._client.search_runs([tracker.experiment_id], "tags.stage = 'sweep'")
+    parent = tracker.client.search_runs([tracker.experiment_id], "tags.stage = 'sweep'")
     assert len(parent) == 1
     cells = tracker.children(parent[0].info.run_id)
     assert len({cell.key for cell in cells}) == len(cells)
@@ -78,6 +79,27 @@ def test_cells_are_seen_while_the_sweep_goes_on_and_every_run_ends_as_it_did(
     assert recording.runs(study, grid.artefact).keys() == {"run", *(w.folder.name for w in grid.works)}
 
 
+def test_a_sweep_that_mlflow_has_lost_is_sent_again(
+    study: Study, grid: sweep.Grid, _empty_mlflow: Path
+) -> None:
+    for work in grid.works:
+        finish(work)
+    store.commit(grid.artefact.path, {})
+    recording.swept(study, grid, {})
+    before = told(study, grid)[1]
+    shutil.copy(_empty_mlflow, study.machine.tracking.removeprefix("sqlite:///"))
+
+    again = Study(study.exp, study.machine, {}, Console(quiet=True))
+    recording.swept(again, grid, {})  # it is marked as sent
+    assert again.tracker is None
+    recording.sync(again, {}, grid)
+    status, cells = told(again, grid)
+    assert status == "FINISHED" and cells.keys() == before.keys()
+    assert all(
+        cells[key].metrics == run.metrics and cells[key].params == run.params for key, run in before.items()
+    )
+
+
 def test_a_pretraining_that_fails_or_is_stopped_says_so_and_is_taken_up_again(
     study: Study, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -86,7 +108,7 @@ def test_a_pretraining_that_fails_or_is_stopped_says_so_and_is_taken_up_again(
     tracker = track.Tracker(study.machine.tracking, study.exp.name)
 
     def status() -> str:
-        return str(tracker._client.search_runs([tracker.experiment_id])[0].info.status)
+        return str(tracker.client.search_runs([tracker.experiment_id])[0].info.status)
 
     for error, ended in ((ValueError("no"), "FAILED"), (KeyboardInterrupt(), "KILLED")):
         with (

@@ -72,9 +72,31 @@ def test_replay_sends_every_point_once(tmp_path: Path, mlflow_db: str) -> None:
     assert tracker.replay(run, folder) == 20
     (folder / "sent.json").unlink()  # as if we had died between sending and remembering
     tracker.replay(run, folder)
-    history = tracker._client.get_metric_history(run, "train/loss")
+    history = tracker.client.get_metric_history(run, "train/loss")
     assert sorted({point.step for point in history}) == list(range(1, 711))
     assert {point.step: point.value for point in history}[250] == 1 / 250
+
+
+def test_what_mlflow_has_lost_is_sent_again_when_it_is_asked(tmp_path: Path, mlflow_db: str) -> None:
+    database = Path(mlflow_db.removeprefix("sqlite:///"))
+    run, folder = Tracker(mlflow_db, "study").run("pretrain/x", "x", {}), tmp_path / "journal"
+    journal = Journal(folder, "a")
+    for step in range(40):
+        journal.metrics(step, {"train/loss": 1 / (step + 1)})
+    Tracker(mlflow_db, "study").replay(run, folder)
+    last_week = database.read_bytes()
+    for step in range(40, 100):
+        journal.metrics(step, {"train/loss": 1 / (step + 1), "train/lr": 0.1})
+    journal.close()
+    Tracker(mlflow_db, "study").replay(run, folder)
+    database.write_bytes(last_week)
+
+    tracker = Tracker(mlflow_db, "study")
+    assert tracker.replay(run, folder) == 0  # we remember to have sent all of it
+    assert tracker.replay(run, folder, ask=True) == 120
+    history = tracker.client.get_metric_history(run, "train/loss")
+    assert sorted((point.step, point.value) for point in history) == [(n, 1 / (n + 1)) for n in range(100)]
+    assert tracker.replay(run, folder, ask=True) == tracker.replay(run, folder) == 0
 
 
 def test_a_run_is_found_again_by_its_key(mlflow_db: str) -> None:
@@ -110,7 +132,7 @@ def test_params_tags_and_files(tmp_path: Path, mlflow_db: str) -> None:
     (tmp_path / "resolved.yaml").write_text("name: x\n")
     tracker.artefact(run, tmp_path / "resolved.yaml")
     tracker.finish(run)
-    found = tracker._client.get_run(run)
+    found = tracker.client.get_run(run)
     assert len(found.data.params) == 231 and found.data.params["p000"] == "0", "params never change"
     assert (
         found.data.metrics["cells"] == 4.0 and found.data.tags["t"] == "x" and found.info.status == "FINISHED"
@@ -158,7 +180,7 @@ def test_runs_of_a_forgotten_subject(mlflow_db: str, tmp_path: Path) -> None:
             tracker.artefact(run, tmp_path / name)
     for _ in range(2):  # once more changes nothing
         track.forget(mlflow_db, runs[:1], "2026-11-24", ("splits.json",))
-    client = track._client(mlflow_db)
+    client = track.connected(mlflow_db)
     assert [client.get_run(run).data.tags.get("forgotten") for run in runs] == ["2026-11-24", None]
     kept = [sorted(a.path for a in client.list_artifacts(run)) for run in runs]
     assert kept == [["resolved.yaml"], ["resolved.yaml", "splits.json"]]

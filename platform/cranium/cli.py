@@ -510,6 +510,43 @@ def forget(file: Yaml, settings: Settings = None, json: Json = False, debug: Deb
     finish("forget", work, json, debug)
 
 
+@app.command()
+def track(
+    what: Annotated[str, typer.Argument(metavar="sync|move", help="send again, or bring over")],
+    source: Annotated[str, typer.Argument(metavar="FILE.yaml|URI", help="an experiment, or an MLflow store")],
+    settings: Settings = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Mend MLflow: `sync FILE.yaml` what it lost, `move sqlite:////store/mlflow.db tracking_uri=http://HOST:5000`."""
+    if what == "sync":
+        _staged("sync", Path(source), settings, json, debug)
+        return
+
+    def work() -> Outcome:
+        from rich.console import Console
+
+        from cranium import moving
+        from cranium.study import bar
+        from cranium.track import TrackingError
+
+        machine = reading.load_machine(settings or ())
+        if what != "move" or machine.tracking_uri in (None, source):
+            raise UserError(
+                "USAGE",
+                "give `track sync FILE.yaml`, or `track move URI tracking_uri=URI` of two MLflow stores",
+            )
+        try:
+            with bar(Console(highlight=False), "move") as tell:
+                counts = moving.move(source, machine.tracking, tell)
+        except TrackingError as error:
+            raise UserError("TRACKING", f"{error}; the same command goes on from here", 1) from error
+        print(f"{counts['moved']} runs moved to {machine.tracking}, {counts['there']} were there already")
+        return Outcome(0, counts)
+
+    finish("track", work, json, debug)
+
+
 def _subject(told: list[str], cohorts: list[str]) -> tuple[str, str]:
     """Cohort and id of `subject=ID` or `subject=COHORT/ID`."""
     cohort, slash, subject = told[0].partition("/") if len(told) == 1 else ("", "", "")

@@ -269,6 +269,22 @@ def sweep(study: Study, sets: Mapping[str, Artefact] | None = None, features: Fe
     return grid
 
 
+def _declared(study: Study, sets: Mapping[str, Artefact]) -> Grid:
+    """The grid of an experiment whose features are there."""
+    from cranium import sweep as grids
+
+    exp, features = inventory.obtainable(study, sets), inventory.embedded(study, sets)
+    return grids.declare(
+        exp, study.machine, sets, features, inventory.label_files(study), inventory.started(study)
+    )
+
+
+def sync(study: Study) -> None:
+    """Send whatever MLflow lacks of what is done."""
+    sets = inventory.ingested(study, study.exp.ingest.cohorts)
+    recording.sync(study, inventory.pretrainings(study), _declared(study, sets) if study.exp.sweep else None)
+
+
 def report(
     study: Study,
     sets: Mapping[str, Artefact] | None = None,
@@ -277,16 +293,12 @@ def report(
 ) -> Artefact:
     """One page on all of it: what was asked, what was found, what could not be had."""
     from cranium import report as stage
-    from cranium import sweep as grids
 
     exp = study.exp
     sets = inventory.ingested(study, exp.ingest.cohorts) if sets is None else sets
     pretrained = inventory.pretrainings(study) if pretrained is None else pretrained
     if grid is None:
-        exp_had, features = inventory.obtainable(study, sets), inventory.embedded(study, sets)
-        grid = grids.declare(
-            exp_had, study.machine, sets, features, inventory.label_files(study), inventory.started(study)
-        )
+        grid = _declared(study, sets)
         if grid.missing:
             count = f"{len(grid.missing)} of {len(grid.works)}"
             raise UserError("NOT_SWEPT", f"{count} cells are not there yet; run `cranium sweep` first")

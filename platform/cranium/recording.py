@@ -118,7 +118,7 @@ def _status(error: BaseException) -> str:
     return "FAILED" if isinstance(error, Exception) else "KILLED"
 
 
-def pretrained(study: Study, init: str, made: Artefact, fresh: bool) -> None:
+def pretrained(study: Study, init: str, made: Artefact, fresh: bool, ask: bool = False) -> None:
     from cranium import health_page  # imports torch, which takes seconds
 
     if _mark(study, made).is_file() and not fresh:
@@ -127,13 +127,24 @@ def pretrained(study: Study, init: str, made: Artefact, fresh: bool) -> None:
         run = _pretrain_run(study, init, made)
         tracker = _tracker(study)
         for folder in JOURNALS:
-            tracker.replay(run, made.path / folder)
+            tracker.replay(run, made.path / folder, ask)
         tracker.log(run, {"sys/seconds": made.manifest()["seconds"]}, _start_tags(made))
         for name in ("resolved.yaml", health_page.PAGE):
             if (made.path / name).is_file():  # a page that could not be drawn costs nothing else
                 tracker.artefact(run, made.path / name)
         tracker.finish(run)
         store.write_atomic(_mark(study, made), json.dumps({"run": run}))
+
+
+def sync(study: Study, pretrainings: Mapping[str, Artefact], grid: Grid | None) -> None:
+    """Send whatever MLflow lacks of these, which are done: it was wiped, or put back as it was some time ago."""
+    for init, made in pretrainings.items():
+        pretrained(study, init, made, fresh=True, ask=True)
+    if grid is not None and grid.artefact.done:
+        mark = _mark(study, grid.artefact)
+        for file in (mark, mark.with_suffix(PART)):
+            file.unlink(missing_ok=True)
+        swept(study, grid, {})
 
 
 def _start_tags(made: Artefact) -> dict[str, str]:

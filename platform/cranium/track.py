@@ -156,37 +156,37 @@ class Tracker:
 
     def __init__(self, uri: str, experiment: str) -> None:
         self.uri = uri
-        with _reaching(uri):
-            self._client = _client(uri)
+        with reaching(uri):
+            self.client = connected(uri)
             self.experiment_id = self._experiment(experiment)
 
     def _experiment(self, name: str) -> str:
         with _schema_lock(self.uri):  # two processes that first use a database at once break its schema
-            found = self._client.get_experiment_by_name(name)
+            found = self.client.get_experiment_by_name(name)
             if found is None:
                 return str(
-                    self._client.create_experiment(
+                    self.client.create_experiment(
                         name,
                         artifact_location=_artefact_location(self.uri),
                         tags={"mlflow.experimentKind": "custom_model_development"},  # opens as training runs
                     )
                 )
         if found.lifecycle_stage == "deleted":
-            self._client.restore_experiment(found.experiment_id)
+            self.client.restore_experiment(found.experiment_id)
         return str(found.experiment_id)
 
     def run(self, key: str, name: str, tags: Mapping[str, str], parent: str | None = None) -> str:
         """The run of this key: found, or made. A restart makes no second one; one that had stopped is RUNNING again."""
-        with _reaching(self.uri), _schema_lock(self.uri):
-            found = self._client.search_runs([self.experiment_id], f"tags.`{KEY}` = '{key}'", max_results=1)
+        with reaching(self.uri), _schema_lock(self.uri):
+            found = self.client.search_runs([self.experiment_id], f"tags.`{KEY}` = '{key}'", max_results=1)
             wanted = {**tags, KEY: key, "mlflow.runName": name, **({PARENT: parent} if parent else {})}
             if found:
                 run_id = str(found[0].info.run_id)
-                self._batch(run_id, tags={k: v for k, v in wanted.items() if found[0].data.tags.get(k) != v})
+                self.send(run_id, tags={k: v for k, v in wanted.items() if found[0].data.tags.get(k) != v})
                 if found[0].info.status in ("FAILED", "KILLED"):  # taken up again
-                    self._client.update_run(run_id, status="RUNNING")
+                    self.client.update_run(run_id, status="RUNNING")
                 return run_id
-            return str(self._client.create_run(self.experiment_id, run_name=name, tags=wanted).info.run_id)
+            return str(self.client.create_run(self.experiment_id, run_name=name, tags=wanted).info.run_id)
 
     def record(
         self,
@@ -200,11 +200,11 @@ class Tracker:
     ) -> str:
         """A whole run at once, FINISHED or FAILED; one that is finished is left as it is. For the cells of a grid."""
         run_id = self.run(key, name, tags, parent)
-        with _reaching(self.uri):
+        with reaching(self.uri):
             now = int(time.time() * 1000)
-            if self._client.get_run(run_id).info.status == "RUNNING":
-                self._batch(run_id, [(k, v, now, 0) for k, v in metrics.items()], params)
-                self._client.set_terminated(run_id, status)
+            if self.client.get_run(run_id).info.status == "RUNNING":
+                self.send(run_id, [(k, v, now, 0) for k, v in metrics.items()], params)
+                self.client.set_terminated(run_id, status)
         return run_id
 
     def params(self, run_id: str, values: Mapping[str, Any]) -> None:
@@ -220,10 +220,10 @@ class Tracker:
         step: int = 0,
     ) -> None:
         """Metrics, tags and params at once. A metric that has this value already is not logged again."""
-        with _reaching(self.uri):
-            data = self._client.get_run(run_id).data
+        with reaching(self.uri):
+            data = self.client.get_run(run_id).data
             now = int(time.time() * 1000)
-            self._batch(
+            self.send(
                 run_id,
                 [
                     (k, float(v), now, step)
@@ -234,13 +234,14 @@ class Tracker:
                 {k: str(v) for k, v in (tags or {}).items() if data.tags.get(k) != str(v)},
             )
 
-    def _batch(
+    def send(
         self,
         run_id: str,
         metrics: list[tuple[str, float, int, int]] | None = None,
         params: Mapping[str, str] | None = None,
         tags: Mapping[str, str] | None = None,
     ) -> None:
+        """Metrics (name, value, milliseconds, step), params and tags, in batches that MLflow takes."""
         from mlflow.entities import Metric, Param, RunTag
 
         points = [Metric(*point) for point in metrics or []]
@@ -248,19 +249,20 @@ class Tracker:
         labels = [RunTag(k, v[:MAX_VALUE]) for k, v in (tags or {}).items()]
         while points or pairs or labels:
             room = MAX_METRICS - len(pairs[:MAX_PARAMS]) - len(labels[:MAX_TAGS])  # 1000 entities in all
-            self._client.log_batch(run_id, points[:room], pairs[:MAX_PARAMS], labels[:MAX_TAGS])
+            self.client.log_batch(run_id, points[:room], pairs[:MAX_PARAMS], labels[:MAX_TAGS])
             points, pairs, labels = points[room:], pairs[MAX_PARAMS:], labels[MAX_TAGS:]
 
-    def replay(self, run_id: str, folder: Path) -> int:
+    def replay(self, run_id: str, folder: Path, ask: bool = False) -> int:
         """Send what the journal in `folder` holds and this run lacks; return how many points were sent.
 
         `<folder>/sent.json` remembers the last step sent of every metric, under an exclusive lock: nothing is sent
-        twice, also when an attempt repeats steps that an earlier one had already reported.
+        twice, also when an attempt repeats steps that an earlier one had already reported. `ask`: not our memory says
+        what MLflow has, but MLflow, which may have lost some of it.
         """
         entries = read_journal(folder)
         if not entries:
             return 0
-        with _reaching(self.uri), _exclusive(folder / "sent.lock"):
+        with reaching(self.uri), _exclusive(folder / "sent.lock"):
             marks_path = folder / "sent.json"
             remembered = json.loads(marks_path.read_text()) if marks_path.is_file() else {}
             marks: dict[str, int] = remembered.setdefault(f"{self.uri} {run_id}", {})
@@ -268,35 +270,42 @@ class Tracker:
                 (name, value, int(entry.time * 1000), entry.step)
                 for entry in entries
                 for name, value in entry.metrics.items()
-                if entry.step > marks.get(name, -1)
+                if ask or entry.step > marks.get(name, -1)
             ]
+            if ask:
+                there = {
+                    (name, point.step)
+                    for name in {name for name, *_ in points}
+                    for point in self.client.get_metric_history(run_id, name)
+                }
+                points = [point for point in points if (point[0], point[3]) not in there]
             for start in range(0, len(points), MAX_METRICS):
                 chunk = points[start : start + MAX_METRICS]
                 # If we die here, the same points come again: MLflow knows them by time.
-                self._batch(run_id, chunk)
+                self.send(run_id, chunk)
                 marks.update({name: step for name, _, _, step in chunk})
                 write_atomic(marks_path, json.dumps(remembered, sort_keys=True))
             return len(points)
 
     def artefact(self, run_id: str, path: Path) -> None:
         """Attach a file, or the files of a folder."""
-        with _reaching(self.uri):
-            log = self._client.log_artifacts if path.is_dir() else self._client.log_artifact
+        with reaching(self.uri):
+            log = self.client.log_artifacts if path.is_dir() else self.client.log_artifact
             log(run_id, str(path))
 
     def finish(self, run_id: str, status: str = "FINISHED") -> None:
         """End a run: FINISHED, FAILED or KILLED. A finished run stays as it is."""
-        with _reaching(self.uri):
-            if self._client.get_run(run_id).info.status != status:
-                self._client.set_terminated(run_id, status)
+        with reaching(self.uri):
+            if self.client.get_run(run_id).info.status != status:
+                self.client.set_terminated(run_id, status)
 
     def children(self, parent: str) -> list[Run]:
         """The runs below `parent`, oldest first."""
-        with _reaching(self.uri):
+        with reaching(self.uri):
             runs: list[Run] = []
             token: str | None = None
             while True:
-                page = self._client.search_runs(
+                page = self.client.search_runs(
                     [self.experiment_id],
                     f"tags.`{PARENT}` = '{parent}'",
                     order_by=["start_time ASC"],
@@ -310,10 +319,10 @@ class Tracker:
 
 def forget(uri: str, run_ids: list[str], date: str, artefacts: tuple[str, ...]) -> None:
     """Tag runs as made with a subject who was forgotten on `date`, and delete these of their artefacts."""
-    with _reaching(uri):
+    with reaching(uri):
         from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
-        client = _client(uri)
+        client = connected(uri)
         for run_id in run_ids:
             info = client.get_run(run_id).info
             if info.lifecycle_stage == "deleted":
@@ -338,8 +347,8 @@ def _run(found: Any) -> Run:
 
 def run_of_alias(uri: str, model: str, alias: str) -> str:
     """The run behind `<model>@<alias>` of MLflow's registry. Raises `TrackingError` when there is none."""
-    with _reaching(uri):
-        return str(_client(uri).get_model_version_by_alias(model, alias).run_id or "")
+    with reaching(uri):
+        return str(connected(uri).get_model_version_by_alias(model, alias).run_id or "")
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
@@ -360,7 +369,8 @@ def plain(value: Any) -> str:
     return ",".join(map(plain, value)) if isinstance(value, list | tuple) else json.dumps(value)
 
 
-def _client(uri: str) -> MlflowClient:
+def connected(uri: str) -> MlflowClient:
+    """A client that gives up within seconds."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
@@ -398,7 +408,8 @@ def _exclusive(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _reaching(uri: str) -> Iterator[None]:
+def reaching(uri: str) -> Iterator[None]:
+    """Turn what goes wrong with MLflow into a `TrackingError`."""
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 

@@ -131,7 +131,7 @@ def test_cranium_tracks_into_it(signed_in: Server, tmp_path: Path) -> None:
     assert tracker.run("sweep", "a sweep", {}) == parent, "found by its key"
     (cell,) = tracker.children(parent)
     assert cell.metrics == {"test/auroc": 0.75} and cell.params == {"lr": "0.1"} and cell.status == "FINISHED"
-    history = tracker._client.get_metric_history(parent, "train/loss")
+    history = tracker.client.get_metric_history(parent, "train/loss")
     assert [point.step for point in history] == list(range(1500))
     assert history[999].value == pytest.approx(1e-3)
 
