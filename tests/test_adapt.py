@@ -102,7 +102,17 @@ def test_a_cell_learns_a_signal_and_its_numbers_are_those_of_its_predictions(tmp
     assert scores["test/auroc"] > 0.8
     assert scores["external/away/auroc"] > 0.8
     assert set(test["subject"]) == {s for s, k in folds.items() if k == 0}
-    assert len(predictions[predictions["role"] == "external"]) == 20
+    away_rows = predictions[predictions["role"] == "external"]
+    assert len(away_rows) == 20
+    controls = np.sort(test.loc[test["label"] == 0, "prob_lesion"])[::-1]
+    at = test.loc[
+        test["prob_lesion"] > controls[len(controls) // 10], "prob_lesion"
+    ].min()  # one in ten may pass
+    called = away_rows["prob_lesion"] >= at
+    kept = [scores[f"external/away/{name}"] for name in adapt.MOVED]
+    assert kept == pytest.approx(
+        [called[away_rows["label"] == 1].mean(), 1 - called[away_rows["label"] == 0].mean()]
+    )
 
 
 def test_the_fraction_shrinks_the_training_subjects_only(tmp_path, cohorts):

@@ -31,11 +31,13 @@ from cranium.config import (
 )
 from cranium.store import Artefact
 from cranium.tasks import classification, metrics, splits
+from cranium.tasks.metrics import Undefined, Value
 
 Array = NDArray[Any]
 
-RECIPE = 3  # 3: what was learnt is kept; 2: how a cell is learnt is an axis
+RECIPE = 4  # 4: more metrics; 3: what was learnt is kept; 2: how a cell is learnt is an axis
 PREDICTIONS = "predictions.parquet"
+MOVED = ("sensitivity_at_home_threshold", "specificity_at_home_threshold")  # 90 % specificity at home
 HEAD = "head.safetensors"  # what was learnt, beside the predictions that it made
 
 
@@ -144,16 +146,26 @@ def run_cell(work: Work | segmenting.Work, folds: Mapping[str, int]) -> dict[str
             for (cohort, table), probabilities in zip(judged, found, strict=True)
         ]
     )
-    scores: dict[str, float | None] = {}
-    undefined: dict[str, str] = {}
-    for (role, name), part in predictions.groupby(["role", "cohort"], sort=False):
-        prefix = "test" if role == "test" else f"external/{name}"
-        probabilities = part[[f"prob_{name}" for name in work.task.classes]].to_numpy()
-        for metric, value in metrics.classification_metrics(part["label"].to_numpy(), probabilities).items():
-            scores[f"{prefix}/{metric}"] = value if isinstance(value, float) else None
-            if not isinstance(value, float):
-                undefined[f"{prefix}/{metric}"] = value.reason
+    found_scores = _scores(predictions, work.task.classes)
+    scores = {name: value if isinstance(value, float) else None for name, value in found_scores.items()}
+    undefined = {name: value.reason for name, value in found_scores.items() if isinstance(value, Undefined)}
     _commit(work, predictions, scores, undefined, train, test, notes)
+    return scores
+
+
+def _scores(predictions: pd.DataFrame, classes: Sequence[str]) -> dict[str, Value]:
+    """Every metric of every test set; of external cohorts also what thresholds do that were read off the test fold."""
+    scores: dict[str, Value] = {}
+    at: Array | Undefined = Undefined("no test fold")
+    for (role, cohort), part in predictions.groupby(["role", "cohort"], sort=False):
+        labels, probs = part["label"].to_numpy(), part[[f"prob_{name}" for name in classes]].to_numpy()
+        prefix = "test" if role == "test" else f"external/{cohort}"
+        scores |= {f"{prefix}/{n}": v for n, v in metrics.classification_metrics(labels, probs).items()}
+        if role == "test":
+            at = metrics.thresholds(labels, probs)
+            continue
+        moved = (at, at) if isinstance(at, Undefined) else metrics.at_thresholds(labels, probs, at)
+        scores |= dict(zip((f"{prefix}/{name}" for name in MOVED), moved, strict=True))
     return scores
 
 

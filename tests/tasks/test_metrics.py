@@ -44,6 +44,13 @@ def test_against_scikit_learn(seed: int, n: int, k: int, ties: bool) -> None:
         assert metrics.brier(y, p) == pytest.approx(sk.brier_score_loss(y, p, scale_by_half=False), abs=1e-12)
         guess = p.argmax(axis=1)
     assert metrics.balanced_accuracy(y, p) == pytest.approx(sk.balanced_accuracy_score(y, guess), abs=1e-12)
+    average = "binary" if k == 2 else "macro"
+    assert metrics.f1(y, p) == pytest.approx(sk.f1_score(y, guess, average=average), abs=1e-12)
+    curves = [
+        sk.roc_curve(onehot[:, c], p[:, c], drop_intermediate=False) for c in ([1] if k == 2 else range(k))
+    ]
+    best = np.mean([tpr[fpr <= 0.1 + 1e-12].max() for fpr, tpr, _ in curves])
+    assert metrics.sensitivity_at_90(y, p) == pytest.approx(best, abs=1e-12)
 
 
 @settings(max_examples=30, deadline=None)
@@ -134,3 +141,21 @@ def test_empty_masks_have_a_stated_policy() -> None:
         assert isinstance(value, Undefined) and "left out of the mean" in value.reason
     with pytest.raises(ValueError, match="two bool masks"):
         metrics.dice(full.astype(np.uint8), full)
+
+
+def test_thresholds_are_fixed_on_one_set_and_judged_on_another() -> None:
+    home, away = sample(0, 60, 3, True), sample(1, 50, 3, False)
+    at = metrics.thresholds(*home)
+    assert not isinstance(at, Undefined)
+    sensitivity, specificity = metrics.at_thresholds(*home, at)
+    assert sensitivity == metrics.sensitivity_at_90(*home) and specificity >= 0.9
+    slow = [[], []]  # type: list[list[float]]
+    for k in range(3):
+        called = [score >= at[k] for score in away[1][:, k]]
+        slow[0].append(np.mean([c for c, label in zip(called, away[0], strict=True) if label == k]))
+        slow[1].append(np.mean([not c for c, label in zip(called, away[0], strict=True) if label != k]))
+    assert metrics.at_thresholds(*away, at) == pytest.approx(tuple(map(np.mean, slow)))
+    alike = np.full(10, 0.5)  # nothing selective: nobody is called
+    never = metrics.thresholds(np.arange(10) % 2, alike)
+    assert never == np.inf and metrics.at_thresholds(np.arange(10) % 2, alike, never) == (0.0, 1.0)
+    assert isinstance(metrics.thresholds([0, 0], [0.1, 0.2]), Undefined)

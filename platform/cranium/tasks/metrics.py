@@ -94,6 +94,57 @@ def balanced_accuracy(labels: ArrayLike, probs: ArrayLike) -> Value:
     return float(np.mean([(guess[y == k] == k).mean() for k in range(p.shape[1])]))
 
 
+def f1(labels: ArrayLike, probs: ArrayLike) -> Value:
+    """2 TP / (2 TP + FP + FN) of the most probable class: of class 1, or the plain mean over more than two classes."""
+    y, p = _checked(labels, probs)
+    absent = _absent(y, p.shape[1])
+    if absent:
+        return absent
+    guess = (p[:, 1] >= p[:, 0]).astype(np.int64) if p.shape[1] == 2 else p.argmax(axis=1)
+    found = [1] if p.shape[1] == 2 else range(p.shape[1])
+    return float(
+        np.mean([2 * ((guess == k) & (y == k)).sum() / ((guess == k).sum() + (y == k).sum()) for k in found])
+    )
+
+
+SPECIFICITY = 0.9  # at which sensitivity is told
+
+
+def thresholds(labels: ArrayLike, probs: ArrayLike, specificity: float = SPECIFICITY) -> Floats | Undefined:
+    """The lowest score of class 1 (or of each of more classes) that at most 1 - specificity of the others reach.
+
+    [1] or [k]; inf where no score is so selective.
+    """
+    y, p = _checked(labels, probs)
+    absent = _absent(y, p.shape[1])
+    if absent:
+        return absent
+    found = []
+    for k in [1] if p.shape[1] == 2 else range(p.shape[1]):
+        others, scores = np.sort(p[y != k, k]), np.append(np.unique(p[:, k]), np.inf)
+        passing = (len(others) - np.searchsorted(others, scores)) / len(others)
+        found.append(scores[np.flatnonzero(passing <= 1 - specificity + 1e-12)[0]])
+    return np.array(found)
+
+
+def at_thresholds(labels: ArrayLike, probs: ArrayLike, at: Floats) -> tuple[Value, Value]:
+    """Sensitivity and specificity of score >= threshold; plain means over the classes of `at` (of `thresholds`)."""
+    y, p = _checked(labels, probs)
+    absent = _absent(y, p.shape[1])
+    if absent:
+        return absent, absent
+    classes = [1] if p.shape[1] == 2 else range(p.shape[1])
+    called = [(p[:, k] >= threshold, y == k) for k, threshold in zip(classes, at, strict=True)]
+    sensitivity = np.mean([positive[own].mean() for positive, own in called])
+    return float(sensitivity), float(np.mean([1 - positive[~own].mean() for positive, own in called]))
+
+
+def sensitivity_at_90(labels: ArrayLike, probs: ArrayLike) -> Value:
+    """Sensitivity where the ROC curve of this test set has a specificity of at least 90 %."""
+    at = thresholds(labels, probs)
+    return at if isinstance(at, Undefined) else at_thresholds(labels, probs, at)[0]
+
+
 def brier(labels: ArrayLike, probs: ArrayLike) -> Value:
     """Mean squared error of probabilities: binary (p1 - y)^2 in 0..1, else summed over classes in 0..2."""
     y, p = _checked(labels, probs)
@@ -117,7 +168,8 @@ def ece(labels: ArrayLike, probs: ArrayLike, bins: int = 15) -> Value:
 
 def classification_metrics(labels: ArrayLike, probs: ArrayLike) -> dict[str, Value]:
     """All of the above by name, for one test set."""
-    return {score.__name__: score(labels, probs) for score in (auroc, aupr, balanced_accuracy, brier, ece)}
+    scores = (auroc, aupr, balanced_accuracy, f1, sensitivity_at_90, brier, ece)
+    return {score.__name__: score(labels, probs) for score in scores}
 
 
 def weighted_auroc(labels: ArrayLike, probs: ArrayLike, weights: Floats) -> Floats:
