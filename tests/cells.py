@@ -21,9 +21,9 @@ def in_place() -> Iterator[None]:
         return (work(item, job) for item in items)
 
     def row_groups(
-        items: list[dict[str, Any]], encoder: Any, backbone: Any, what: Any, exp: Experiment
+        items: list[dict[str, Any]], encoder: Any, backbone: Any, what: Any, exp: Experiment, *more: Any
     ) -> Iterator[pa.Table]:
-        made = encoder(backbone, what, exp.embed.batch_size, None, exp.stream.fill)
+        made = encoder(backbone, what, exp.embed.batch_size, None, exp.fill, *more)
         return (made._row_group(item["file"], item["index"]) for item in items)
 
     with pytest.MonkeyPatch.context() as patch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -84,30 +85,35 @@ def cells(
     evil: bool = False,
     num_folds: int = 5,
     adaptation: str = "linear",
+    subsets: Sequence[tuple[str, ...]] = (),
 ) -> list[Path]:
-    """Predictions whose separation grows with the strength of an initialisation and with the labels."""
+    """Predictions whose separation grows with the strength of an initialisation, with the labels and with contrasts.
+
+    Of `subsets`: two thirds of the subjects have each of a subset's contrasts.
+    """
     made = []
     for number, (init, gain) in enumerate(strength.items()):
         for fraction in fractions:
             for fold in range(num_folds):
                 rng = np.random.default_rng([number, int(fraction * 100), fold])
                 rows = []
-                for role, where, count in (
-                    ("test", "demo", subjects // num_folds),
-                    ("external", "demo_external", 36),
-                ):
-                    if role == "external" and not external:
-                        continue
+                sides = [("test", "demo", subjects // num_folds), ("external", "demo_external", 36)]
+                for subset, (role, where, count) in itertools.product(((), *subsets), sides[: 1 + external]):
+                    seen = len(subset or CHANNELS) / len(CHANNELS)
+                    count = count * 2 // 3 if subset else count
                     for i in range(count):
                         label = i % 2
                         shared = np.random.default_rng([fold if role == "test" else 99, i]).normal()
-                        score = gain * fraction**0.3 * (label - 0.5) + 0.8 * shared + 0.6 * rng.normal()
+                        score = (
+                            gain * seen * fraction**0.3 * (label - 0.5) + 0.8 * shared + 0.6 * rng.normal()
+                        )
                         p = 1 / (1 + np.exp(-score))
                         name = f"sub-{fold}{i:03d}" if role == "test" else f"ext-{i:03d}"
                         if evil and not i:
                             name = EVIL + name
                         group = name if scheme == "subject" or role == "external" else f"head-{fold}"
                         rows.append({"cohort": where, "subject": name, "group": group, "role": role, "label": label,
+                                     "subset": "+".join(subset),
                                      "prob_control": 1 - p, "prob_lesion": p})  # fmt: skip
                 folder = (
                     store
@@ -118,12 +124,12 @@ def cells(
                 table = pa.Table.from_pylist(rows)
                 pq.write_table(table, folder / "predictions.parquet")
                 frame = table.to_pandas()
-                test = frame[frame["role"] == "test"]
+                test = frame[(frame["role"] == "test") & (frame["subset"] == "")]
                 n = max(2, round(fraction * subjects * (num_folds - 1) / num_folds))
                 manifest = {
                     "cell": {"task": "lesion", "cohort": "demo", "init": init, "label_fraction": fraction,
                              "scheme": scheme, "adaptation": adaptation, "fold": fold, "seed": 0,
-                             "contrasts": CHANNELS},
+                             "contrasts": CHANNELS, "subsets": subsets, "fill": "zero"},
                     "task": {"task": "classification", "name": EVIL if evil else "lesion",
                              "classes": ["control", "lesion"]},
                     "counts": {"n_train": n, "n_train_positive": n // 2, "n_validation": 0, "n_test": len(test)},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +24,12 @@ def shard_set(
     size: int = 28,
     seed: int = 0,
     group_rows: int = 64,
+    other: Mapping[int, int] | None = None,
 ) -> Artefact:
-    """A finished shard set of random stacks; the first pixel of a row says its session, the second its slice."""
+    """A finished shard set of random stacks; the first pixel of a row says its session, the second its slice.
+
+    `other`: number of a session -> the channel that is an other one than without it.
+    """
     rng = np.random.default_rng(seed)
     folder = root / "ingest" / f"{cohort}-00000000"
     (folder / "shards").mkdir(parents=True)
@@ -34,6 +39,8 @@ def shard_set(
         for number in part.tolist():
             pixels = rng.integers(1, 255, (slices, 3, 1, size, size), dtype=np.uint8)
             pixels[:, :, 0, 0, 0], pixels[:, :, 0, 0, 1] = number, np.arange(slices)[:, None]
+            if other and number in other:
+                pixels[:, other[number]] ^= 255
             present = 7 if number % 3 else 5
             if present == 5:
                 pixels[:, 1] = 0

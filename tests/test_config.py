@@ -63,6 +63,27 @@ def _load(tmp_path: Path, text: str, *overrides: str) -> Experiment:
             "no way to learn a segmentation",
         ),
         (TINY + DETECT + "sweep: {init: [random], adaptation: [linear, conv]}", "CONFIG", "['conv']"),
+        (TINY + DETECT + "sweep: {init: [random], contrasts: {test: [[T1ce]]}}", "CONFIG", "names ['T1ce']"),
+        (
+            TINY + DETECT + "sweep: {init: [random], contrasts: {train: [[T1w], [T1w]]}}",
+            "CONFIG",
+            "different",
+        ),
+        (
+            TINY + DETECT + "sweep: {init: [random], contrasts: {test: [[]]}}",
+            "CONFIG",
+            "one contrast or more",
+        ),
+        (
+            TINY + DETECT + "sweep: {init: [random], contrasts: {train: [all, [T2w, T1w, FLAIR]]}}",
+            "CONFIG",
+            "are the same",
+        ),
+        (
+            TINY + TASKS + "sweep: {init: [random], adaptation: [linear], contrasts: {test: all subsets}}",
+            "CONFIG",
+            "task s is a segmentation",
+        ),
     ],
 )
 def test_a_bad_config_is_refused_with_what_to_do(tmp_path: Path, text: str, code: str, says: str) -> None:

@@ -86,9 +86,11 @@ def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[browser.Browser]:
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("pages")
     sick = {"train/target_entropy": 0.05, "train/effective_rank": 1.1, "sys/data_wait_share": 0.3}
+    strength = {"random": 0.7, "scratch": 2.4, "covariates": 0.0}
+    cells = reports.cells(root / "r", strength, subsets=[("T1w", "T2w"), ("T1w",)])
     return {
         "quality": cohort.write(ingests.faulty(root / "q", 9, "Phantoms").path, SHEET),
-        "report": report.write("demo", reports.inputs(root / "r"), root / "r" / "report.html"),
+        "report": report.write("demo", reports.inputs(root / "r", cells=cells), root / "r" / "report.html"),
         "healthy": health_page.write(courses.course(root / "h", asks="What does a backbone learn?")),
         "collapsed": health_page.write(
             courses.course(root / "c", sick, stopped="it was stopped", failed=True)

@@ -127,7 +127,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     with in_place():
         content = Card.model_validate(phantoms.card(contrasts=("T1w", "FLAIR")))
         shards = ingest.ingest(content, tree, EXPERIMENT.ingest, machine)
-        features = embed.embed(EXPERIMENT, machine, "random", shards)
+        (features,) = embed.embed(EXPERIMENT, machine, "random", shards)
     few = root / "few"
     for part in (f"sub-{WHOLE}", f"sub-{LACKING}"):
         shutil.copytree(tree / part, few / part)

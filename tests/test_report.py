@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import base64
+import csv
 import html
+import io
+import itertools
 import json
 import re
 from pathlib import Path
@@ -12,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from sklearn.metrics import roc_auc_score
 
 from cranium import report
 from cranium.config import UserError
@@ -168,3 +172,39 @@ def test_initialisations_and_adaptations_are_crossed_not_mixed(tmp_path: Path) -
     assert "folds grouped by subject, finetune" in visible(page)  # each adaptation has a chart of its own
     for once in ("Covariates alone give", "A ring is the AUROC of one cell"):
         assert visible(page).count(once) == 1
+
+
+def test_missing_contrasts_are_one_table_computed_from_the_kept_predictions(tmp_path: Path) -> None:
+    """Every number of it by a slow second way: scikit-learn's AUROC of each fold, and their mean."""
+    subsets = [("T1w", "T2w"), ("FLAIR",)]
+    made = cells(tmp_path, {"random": 0.5, "scratch": 3.0}, fractions=(0.5, 1.0), subsets=subsets)
+    page = report.write("demo", inputs(tmp_path / "rest", cells=made), tmp_path / "x.html").read_text()
+    section = re.search(r'<section id="contrasts">.*?</section>', page, re.S)[0]
+    texts = [base64.b64decode(part).decode() for part in re.findall(r"base64,([A-Za-z0-9+/=]+)", section)]
+    tables = [list(csv.DictReader(io.StringIO(text))) for text in texts]
+    wide, long = dict(zip(("test", "demo_external"), tables[:2], strict=True)), tables[2]
+    assert [(r["T1w"], r["T2w"], r["FLAIR"]) for r in wide["test"]] == [
+        ("yes", "yes", "yes"),
+        ("yes", "yes", "no"),
+        ("no", "no", "yes"),
+    ]
+    for init, test, row in itertools.product(("random", "scratch"), ("test", "demo_external"), range(3)):
+        subset, scores, changes, n = ["", *map("+".join, subsets)][row], [], [], 0
+        for folder in (f for f in made if f.name.startswith(f"lesion-{init}-linear-subject-1-")):
+            rows = pq.read_table(folder / "predictions.parquet").to_pandas()
+            rows = rows[(rows["role"] == "test") if test == "test" else (rows["cohort"] == test)]
+            own, mine = (rows[rows["subset"] == s] for s in ("", subset))
+            own = own[own["subject"].isin(mine["subject"])]
+            n = n + len(mine) if test == "test" else len(mine)
+            scores.append(roc_auc_score(mine["label"], mine["prob_lesion"]))
+            changes.append(scores[-1] - roc_auc_score(own["label"], own["prob_lesion"]))
+        shown = wide[test][row]
+        assert int(shown["n"]) == n and shown[init].startswith(f"{np.mean(scores):.2f}\xa0(")
+        where = {k: shown[k] for k in ("T1w", "T2w", "FLAIR", "subjects")} | {"init": init, "tested on": test}
+        (numbers,) = (r for r in long if where.items() <= r.items())
+        assert float(numbers["mean AUROC"]) == pytest.approx(np.mean(scores)) and int(numbers["n"]) == n
+        assert float(numbers["low"]) < np.mean(scores) < float(numbers["high"])
+        if subset:
+            assert float(numbers["change"]) == pytest.approx(np.mean(changes))
+            said = re.match(r"by\xa0([+-]0\.\d\d)\xa0\(", shown[f"{init}, change"])
+            assert float(said[1]) == pytest.approx(np.mean(changes), abs=0.0051)

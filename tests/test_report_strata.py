@@ -21,12 +21,13 @@ def cell(root: Path, init: str, fold: int, fraction: float = 1.0, **columns: Any
     table = table.assign(label=np.arange(36) // 2 % 2, group=table["subject"], prob_b=rng.random(36))
     table = table.assign(prob_a=1 - table["prob_b"], cohort="home")[
         ["subject", "role", "label", "group", "prob_a", "prob_b", "cohort"]
-    ]
+    ].assign(subset="")
     table = table.assign(**columns)
     away = table.assign(role="external", cohort="away", prob_b=0.5)
     folder = root / f"{init}-{fold}-{fraction}"
     folder.mkdir(parents=True)
-    pd.concat([table, away]).to_parquet(folder / "predictions.parquet")
+    hidden = table.assign(subset="T1w", prob_b=0.5)
+    pd.concat([table, away, hidden]).to_parquet(folder / "predictions.parquet")
     spec = {
         "task": "lesion",
         "cohort": "home",
@@ -58,7 +59,7 @@ def test_strata_are_means_over_folds_of_the_people_in_them(tmp_path: Path) -> No
         values, people = [], 0
         for fold in range(3):
             table = pd.read_parquet(tmp_path / f"{row['init']}-{fold}-1.0" / "predictions.parquet")
-            table = table[table["role"] == "test"]
+            table = table[(table["role"] == "test") & (table["subset"] == "")]
             if row["by"] == "age":
                 low, _, high = row["stratum"].partition(" to ")
                 above, below = float(low.split()[0]), float(high or 129) + 1

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter
 from pathlib import Path
@@ -275,3 +276,66 @@ def test_weights_of_another_pretraining_make_another_cell(tmp_path: Path):
         for name in ("one", "two")
     ]
     assert not folders[0] & folders[1]
+
+
+CHANNELS = ("T1w", "T2w", "FLAIR")
+
+
+def of_three(root: Path) -> dict[str, Artefact]:
+    made = sets(root)
+    for one in made.values():
+        store.commit(one.path, one.manifest() | {"channels": list(CHANNELS)})
+    return made
+
+
+def seen(root: Path) -> dict[tuple[str, ...], Artefact]:
+    """Features of every subset of three contrasts."""
+    every = [s for k in range(1, 4) for s in itertools.combinations(CHANNELS, k)]
+    subsets = [() if len(s) == 3 else s for s in every]
+    return {
+        (init, cohort, *s): Artefact(root / "embed" / "_".join([init, cohort, *s]))
+        for init in ("random", "scratch")
+        for cohort in ("home", "away")
+        for s in subsets
+    }
+
+
+def test_contrasts_are_an_axis_and_the_same_people_stand_in_every_subset(tmp_path: Path):
+    made, machine = of_three(tmp_path), Machine(store=tmp_path)
+
+    def grid(**contrasts: object) -> sweep.Grid:
+        return sweep.declare(experiment(contrasts=contrasts), machine, made, seen(tmp_path))
+
+    plain, both = grid(), grid(train=["all", ["T1w"]])
+    assert {w.folder for w in plain.works} < {w.folder for w in both.works}
+    assert len(both.works) == 2 * len(plain.works) == len({w.folder for w in both.works})
+    assert both.folds == plain.folds and both.stamps == plain.stamps
+    assert {w.cohort.features.name for w in both.works if w.cell.contrasts == ("T1w",)} == {
+        "random_home_T1w",
+        "scratch_home_T1w",
+    }
+    every = grid(test="all subsets")
+    assert len(every.works) == len(plain.works)  # judged more often, not learnt more often
+    assert not {w.folder for w in every.works} & {w.folder for w in plain.works}
+    (one, *_) = every.works
+    assert [c.contrasts for c in one.shown if c.name == "home"] == [
+        *itertools.combinations(CHANNELS, 3),
+        *itertools.combinations(CHANNELS, 2),
+        *itertools.combinations(CHANNELS, 1),
+    ]
+    assert {c.name for c in one.shown} == {"home", "away"}
+    assert one.shown[0].features == one.cohort.features  # all that is there is computed once
+    moved = seen(tmp_path) | {("random", "away", "T2w"): Artefact(tmp_path / "embed" / "another")}
+    again = sweep.declare(experiment(contrasts={"test": "all subsets"}), machine, made, moved)
+    changed = [a.folder != b.folder for a, b in zip(every.works, again.works, strict=True)]
+    assert changed == [w.cell.init == "random" for w in every.works]
+    assert grid(test=[["T2w", "T1w"]]).works[0].folder == grid(test=[["T1w", "T2w"]]).works[0].folder
+
+
+def test_how_hidden_contrasts_are_filled_is_part_of_a_cell(tmp_path: Path):
+    made, machine = of_three(tmp_path), Machine(store=tmp_path)
+    base = experiment(init=["covariates"], contrasts={"test": [["T1w"]]})
+    other = base.model_copy(update={"embed": base.embed.model_copy(update={"fill": "replicate"})})
+    grids = [sweep.declare(exp, machine, made, {}) for exp in (base, other)]
+    assert [g.works[0].cell.fill for g in grids] == ["zero", "replicate"]
+    assert not {w.folder for w in grids[0].works} & {w.folder for w in grids[1].works}

@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from cranium import probing, segmenting, store, trials, tuning, volumes
+from cranium import probing, segmenting, sessions, store, trials, tuning, volumes
 from cranium.cards import Label
 from cranium.config import (
     WITHOUT_BACKBONE,
@@ -35,7 +35,7 @@ from cranium.tasks.metrics import Undefined, Value
 
 Array = NDArray[Any]
 
-RECIPE = 4  # 4: more metrics; 3: what was learnt is kept; 2: how a cell is learnt is an axis
+RECIPE = 5  # 5: judged on subsets of contrasts; 4: more metrics; 3: what was learnt is kept; 2: adaptation is an axis
 PREDICTIONS = "predictions.parquet"
 MOVED = ("sensitivity_at_home_threshold", "specificity_at_home_threshold")  # 90 % specificity at home
 HEAD = "head.safetensors"  # what was learnt, beside the predictions that it made
@@ -43,11 +43,12 @@ HEAD = "head.safetensors"  # what was learnt, beside the predictions that it mad
 
 @dataclass(frozen=True)
 class Cohort:
-    """Where one cohort's subjects and features lie."""
+    """Where one cohort's subjects and features lie, and what is seen of their scans."""
 
     name: str
     shard_set: Path
     features: Path | None  # None where no cached features are needed
+    contrasts: tuple[str, ...] | None = None  # that are seen; None: all that is there
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,16 @@ class Work:
     folder: Path
     tags: tuple[tuple[str, str], ...] = ()
     start: tuning.Start | None = None  # of a network that is trained
+    # The same cohorts, each again for every subset of contrasts that it is judged on.
+    shown: tuple[Cohort, ...] = ()
+
+
+class Judged(NamedTuple):
+    """Who a cell is judged on; None: with what it learnt from, else those who have each contrast of a subset."""
+
+    cohort: Cohort
+    table: pd.DataFrame
+    subset: tuple[str, ...] | None = None
 
 
 def subjects(shard_set: Path, task: Task) -> pd.DataFrame:
@@ -137,29 +148,38 @@ def run_cell(work: Work | segmenting.Work, folds: Mapping[str, int]) -> dict[str
         return segmenting.run_cell(work, folds)
     if Artefact(work.folder).done:
         return dict(store.read_manifest(work.folder)["metrics"])
-    train, test = divided(work, folds)
-    judged = [(work.cohort, test), *((c, diagnosed(c.shard_set, work.task)) for c in work.external)]
+    labelled, test = divided(work, folds)
+    tables = {c.name: diagnosed(c.shard_set, work.task) for c in work.external} | {work.cohort.name: test}
+    train = showing(work.cohort, labelled)
+    judged = [Judged(c, showing(c, tables[c.name])) for c in (work.cohort, *work.external)]
+    judged += [Judged(c, showing(c, tables[c.name], whole=True), c.contrasts) for c in work.shown]
+    test = judged[0].table
+    _enough(work.cell, train, test, len(labelled))
+    judged = [part for part in judged if len(part.table)]
     found, notes = _learnt(work, train, judged)
     predictions = pd.concat(
-        [
-            _rows(work, cohort, table, probabilities)
-            for (cohort, table), probabilities in zip(judged, found, strict=True)
-        ]
+        [_rows(work, part, probabilities) for part, probabilities in zip(judged, found, strict=True)]
     )
     found_scores = _scores(predictions, work.task.classes)
     scores = {name: value if isinstance(value, float) else None for name, value in found_scores.items()}
     undefined = {name: value.reason for name, value in found_scores.items() if isinstance(value, Undefined)}
-    _commit(work, predictions, scores, undefined, train, test, notes)
+    _commit(work, predictions, scores, undefined, train, test, len(labelled), notes)
     return scores
 
 
 def _scores(predictions: pd.DataFrame, classes: Sequence[str]) -> dict[str, Value]:
-    """Every metric of every test set; of external cohorts also what thresholds do that were read off the test fold."""
+    """Every metric of every test set; of external cohorts also what thresholds do that were read off the test fold.
+
+    Of a subset of contrasts the AUROC alone.
+    """
     scores: dict[str, Value] = {}
     at: Array | Undefined = Undefined("no test fold")
-    for (role, cohort), part in predictions.groupby(["role", "cohort"], sort=False):
+    for (role, cohort, subset), part in predictions.groupby(["role", "cohort", "subset"], sort=False):
         labels, probs = part["label"].to_numpy(), part[[f"prob_{name}" for name in classes]].to_numpy()
         prefix = "test" if role == "test" else f"external/{cohort}"
+        if subset:
+            scores[f"{prefix}/{subset.replace('+', '_')}/auroc"] = metrics.auroc(labels, probs)
+            continue
         scores |= {f"{prefix}/{n}": v for n, v in metrics.classification_metrics(labels, probs).items()}
         if role == "test":
             at = metrics.thresholds(labels, probs)
@@ -170,7 +190,7 @@ def _scores(predictions: pd.DataFrame, classes: Sequence[str]) -> dict[str, Valu
 
 
 def divided(work: Work, folds: Mapping[str, int]) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The subjects a cell is learnt from, as many as its label fraction leaves, and those of its fold."""
+    """The labelled subjects of a cell, as many as its label fraction leaves, and those of its fold."""
     cell, home = work.cell, diagnosed(work.cohort.shard_set, work.task)
     fold_of = home["subject"].map(dict(folds)).to_numpy()
     rest = home[fold_of != cell.fold]
@@ -178,6 +198,11 @@ def divided(work: Work, folds: Mapping[str, int]) -> tuple[pd.DataFrame, pd.Data
         rest["subject"].tolist(), rest["label"].to_numpy(), cell.label_fraction, cell.seed
     )
     return home[home["subject"].isin(labelled)], home[fold_of == cell.fold]
+
+
+def learnt_from(work: Work, folds: Mapping[str, int]) -> pd.DataFrame:
+    """The labelled subjects of a cell who have any of the contrasts it learns from."""
+    return showing(work.cohort, divided(work, folds)[0])
 
 
 def learn(work: Work, spec: Finetune, train: pd.DataFrame, tell: tuning.Tell | None = None) -> tuning.Tuned:
@@ -192,12 +217,31 @@ def learn(work: Work, spec: Finetune, train: pd.DataFrame, tell: tuning.Tell | N
         num_classes=len(work.task.classes),
         seed=work.cell.seed,
         tell=tell,
+        contrasts=work.cohort.contrasts,
     )
 
 
-def _learnt(
-    work: Work, train: pd.DataFrame, judged: Sequence[tuple[Cohort, pd.DataFrame]]
-) -> tuple[list[Array], dict[str, Any]]:
+def showing(cohort: Cohort, table: pd.DataFrame, whole: bool = False) -> pd.DataFrame:
+    """Who of `table` has any (`whole`: each) of the contrasts that are seen; `present` becomes what is seen of them."""
+    if cohort.contrasts is None:
+        return table
+    wanted = sessions.bits(cohort.contrasts, store.read_manifest(cohort.shard_set)["channels"])
+    seen = table["present"] & wanted
+    return table.assign(present=seen)[seen == wanted if whole else seen > 0]
+
+
+def _enough(cell: Cell, train: pd.DataFrame, test: pd.DataFrame, labelled: int) -> None:
+    """Whoever has none of the contrasts is no example: raises `UserError(CONTRASTS)` where too few are left."""
+    what = " or ".join(cell.contrasts)
+    mend = "name more contrasts under sweep.contrasts.train, or more labels"
+    if train["label"].nunique() < 2:
+        reason = f"the {len(train)} of {labelled} labelled subjects that have {what} are not of two classes"
+        raise UserError("CONTRASTS", f"{reason}; {mend}")
+    if test.empty:
+        raise UserError("CONTRASTS", f"no test subject of fold {cell.fold} has {what}; {mend}")
+
+
+def _learnt(work: Work, train: pd.DataFrame, judged: Sequence[Judged]) -> tuple[list[Array], dict[str, Any]]:
     """Class probabilities of every judged table, and what the manifest keeps of how they were learnt."""
     cell, labels, classes = work.cell, train["label"].to_numpy(), len(work.task.classes)
     match work.spec:
@@ -217,15 +261,15 @@ def _learnt(
             }
             if spec.keep:
                 tuning.save(tuned.model, work.folder / HEAD)
-            return [tuned.predict(cohort.shard_set, table) for cohort, table in judged], notes
+            return [tuned.predict(c.shard_set, table, c.contrasts) for c, table, _ in judged], notes
         case Attention() as spec:
-            some = [probing.bags(_features(cohort), table) for cohort, table in judged]
+            some = [probing.bags(_features(cohort), table) for cohort, table, _ in judged]
             bags = probing.bags(_features(work.cohort), train)
             attending = probing.of_slices(spec, bags, labels, classes, cell.seed)
             probing.save(attending, work.folder / HEAD)
             found, chosen_by = [attending.predict(bags) for bags in some], attending.chosen_by
         case spec:
-            own, *others = _vectors(work, [(work.cohort, train), *judged])
+            own, *others = _vectors(work, [(work.cohort, train), *((c, table) for c, table, _ in judged)])
             probe = probing.of_vectors(spec, own, labels, classes, cell.seed)
             if cell.init not in WITHOUT_BACKBONE:
                 probing.save(probe, work.folder / HEAD)
@@ -243,8 +287,7 @@ def _began(tuned: tuning.Tuned) -> dict[str, Any]:
 def _vectors(work: Work, parts: Sequence[tuple[Cohort, pd.DataFrame]]) -> list[Array]:
     """One vector a subject [n, D] for each table."""
     if work.cell.init == "volumes":
-        read = [volumes.read(_features(cohort), table) for cohort, table in parts]
-        return probing.measured(read)
+        return probing.measured([_volumes(cohort, table) for cohort, table in parts])
     if work.cell.init != "covariates":
         return [probing.pooled(_features(cohort), table, work.task.pool) for cohort, table in parts]
     whole = pd.concat([table for _, table in parts], ignore_index=True)
@@ -253,16 +296,25 @@ def _vectors(work: Work, parts: Sequence[tuple[Cohort, pd.DataFrame]]) -> list[A
     return list(np.split(values, np.cumsum([len(table) for _, table in parts])[:-1]))
 
 
+def _volumes(cohort: Cohort, table: pd.DataFrame) -> Array:
+    """They are measured on T1w; NaN where it is not seen."""
+    found = volumes.read(_features(cohort), table)
+    hidden = cohort.contrasts is not None and "T1w" not in cohort.contrasts
+    return np.full_like(found, np.nan) if hidden else found
+
+
 def _features(cohort: Cohort) -> Path:
     assert cohort.features is not None
     return cohort.features
 
 
-def _rows(work: Work, cohort: Cohort, table: pd.DataFrame, probabilities: Array) -> pd.DataFrame:
-    kept = ["subject", "session", *[c for c in ("head", "site", "sex", "age") if c in table]]
+def _rows(work: Work, part: Judged, probabilities: Array) -> pd.DataFrame:
+    cohort, table, subset = part
+    kept = ["subject", "session", *[c for c in ("head", "site", "sex", "age", "present") if c in table]]
     return table[kept].assign(
         cohort=cohort.name,
-        role="test" if cohort is work.cohort else "external",
+        role="test" if cohort.name == work.cohort.name else "external",
+        subset="+".join(subset or ()),
         fold=work.cell.fold,
         group=table[work.cell.scheme].astype(str) if work.cell.scheme in table else table["subject"],
         label=table["label"],
@@ -277,12 +329,14 @@ def _commit(
     undefined: Mapping[str, str],
     train: pd.DataFrame,
     test: pd.DataFrame,
+    labelled: int,
     notes: dict[str, Any],
 ) -> None:
     work.folder.mkdir(parents=True, exist_ok=True)
     predictions.reset_index(drop=True).to_parquet(work.folder / PREDICTIONS)
     counts: dict[str, Any] = {
         "n_train": len(train),  # labelled subjects, those that select among them
+        "n_train_unseen": labelled - len(train),  # that have none of the contrasts, and teach nothing
         "n_train_per_class": {c: int((train["label"] == k).sum()) for k, c in enumerate(work.task.classes)},
         "n_train_positive": int((train["label"] > 0).sum()),
         "n_validation": notes.pop("n_validation"),
@@ -304,7 +358,7 @@ def _commit(
             "tags": dict(work.tags),
             "inputs": [
                 [c.shard_set.name, c.features.name if c.features else None]
-                for c in (work.cohort, *work.external)
+                for c in (work.cohort, *work.external, *work.shown)
             ],
         },
     )

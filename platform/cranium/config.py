@@ -8,9 +8,10 @@ machine facts (`Machine`) are never part of a fingerprint at all.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -18,6 +19,9 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 Contrast = Literal["T1w", "T2w", "FLAIR", "T1ce", "PDw"]
+Fill = Literal[
+    "zero", "replicate"
+]  # of absent contrasts: zero and marked, or a copy of the first that is there
 Init = str  # one of INITS, or run:<id>
 INITS = ("random", "imagenet", "dinov2", "scratch", "brainfound", "covariates", "volumes", "cnn")
 Adaptation = Literal["linear", "knn", "attention", "finetune", "lora", "conv"]
@@ -177,9 +181,7 @@ class Stream(Frozen):
     cohorts: tuple[str, ...] = ()  # only these of the cohorts that are trained on
     contrasts: tuple[Contrast, ...] = ()  # only sessions that have all of these
     subjects: dict[str, tuple[str, ...]] = {}  # cohort -> the subjects of a split; cohorts not named: all
-    fill: Literal["zero", "replicate"] = (
-        "zero"  # absent contrasts: zero and marked, or a copy of a present one
-    )
+    fill: Fill = "zero"  # of absent contrasts
 
     @model_validator(mode="after")
     def _one_rule(self) -> Self:
@@ -324,6 +326,7 @@ class Embed(Frozen):
     features: tuple[Literal["cls", "patch_mean"], ...] = ("cls", "patch_mean")
     batch_size: int = Field(64, ge=1)
     seed: int = 0  # of the random initialisation
+    fill: Fill | None = None  # of absent and hidden contrasts, of fine-tuning too; None: as stream.fill
     compute: Compute = Compute()
 
 
@@ -588,11 +591,56 @@ class SweepCompute(Compute):
     tuned: Compute = Compute()
 
 
+class Contrasts(Frozen):
+    """Which contrasts a cell sees, of those that are ingested; the others are hidden, as if never scanned."""
+
+    train: tuple[tuple[Contrast, ...] | Literal["all"], ...] = Field(
+        ("all",), min_length=1
+    )  # an axis of the grid
+    # What every cell is judged on besides what it learnt from.
+    test: tuple[tuple[Contrast, ...] | Literal["all"], ...] | Literal["all subsets"] = ()
+
+    def trained(self, channels: Sequence[str]) -> tuple[tuple[str, ...], ...]:
+        return tuple(_subset(given, channels) for given in self.train)
+
+    def judged(self, channels: Sequence[str]) -> tuple[tuple[str, ...], ...]:
+        """Subsets of `channels`, the largest first, in their order."""
+        if self.test == "all subsets":
+            return tuple(s for k in range(len(channels), 0, -1) for s in itertools.combinations(channels, k))
+        order = {channel: k for k, channel in enumerate(channels)}
+        found = (_subset(given, channels) for given in self.test)
+        return tuple(sorted(found, key=lambda subset: (-len(subset), [order[c] for c in subset])))
+
+    @field_validator("train", "test")
+    @classmethod
+    def _different(cls, subsets: Any) -> Any:
+        given = (
+            []
+            if isinstance(subsets, str)
+            else [subset if subset == "all" else frozenset(subset) for subset in subsets]
+        )
+        if frozenset() in given or len(set(given)) != len(given):
+            raise ValueError(
+                "name different subsets, each of one contrast or more, e.g. [[T1w], [T1w, T2w], all]"
+            )
+        return subsets
+
+
+def hiding(subset: Sequence[str], channels: Sequence[str]) -> tuple[str, ...]:
+    """The subset where it hides something; () where it is all of the channels."""
+    return () if set(channels) <= set(subset) else tuple(subset)
+
+
+def _subset(given: tuple[str, ...] | Literal["all"], channels: Sequence[str]) -> tuple[str, ...]:
+    return tuple(channel for channel in channels if given == "all" or channel in given)
+
+
 class Sweep(Frozen):
     """`cranium sweep`: a declared grid. A cell is one Tune trial; no early stopping."""
 
     init: tuple[Init, ...] = ("random", "scratch")
     adaptation: tuple[Adaptation, ...] = Field(("linear",), min_length=1)
+    contrasts: Contrasts = Contrasts()
     label_fractions: tuple[float, ...] = (0.1, 0.25, 0.5, 1.0)
     group_by: tuple[str, ...] = ("subject",)  # subject: k folds; a group column: leave one group out
     folds: int = Field(5, ge=2)
@@ -641,6 +689,11 @@ class Experiment(Frozen):
     adapt: Adapt | None = None
     sweep: Sweep | None = None
     report: Report = Report()
+
+    @property
+    def fill(self) -> Fill:
+        """Of contrasts that are absent, or hidden, where something is learnt and judged."""
+        return self.embed.fill or self.stream.fill
 
     @property
     def arch(self) -> Arch:
@@ -702,10 +755,34 @@ class Experiment(Frozen):
                         f"task {task.name}: {pooled} pool slices by mean or max; for a probe that attends name "
                         "`attention` under sweep.adaptation"
                     )
+            self._contrasts_exist(self.sweep.contrasts)
             useful = {way for kind in kinds for way in ADAPTATIONS[kind]}
             if useless := sorted(set(self.sweep.adaptation) - useful):
                 raise ValueError(f"sweep.adaptation names {useless}, by which no task here is learnt")
         return self
+
+    def _contrasts_exist(self, spec: Contrasts) -> None:
+        if spec == Contrasts():
+            return
+        assert self.adapt
+        channels = self.ingest.channels
+        lists = (spec.train, () if isinstance(spec.test, str) else spec.test)
+        named = {c for subsets in lists for subset in subsets if subset != "all" for c in subset}
+        if unknown := sorted(named - set(channels)):
+            raise ValueError(
+                f"sweep.contrasts names {unknown}, which ingest.contrasts does not: {list(channels)}"
+            )
+        for name, subsets in (("train", spec.trained(channels)), ("test", spec.judged(channels))):
+            if len(set(subsets)) != len(subsets):
+                raise ValueError(
+                    f"sweep.contrasts.{name}: `all` and {list(channels)} are the same; name one of them"
+                )
+        maps = [task.name for task in self.adapt.tasks if isinstance(task, Segmentation)]
+        if maps:
+            raise ValueError(
+                f"sweep.contrasts is for classifications only, and task {maps[0]} is a segmentation; give it an "
+                "experiment of its own, whose ingest.contrasts are those it may see"
+            )
 
 
 class Cell(Frozen):
@@ -719,11 +796,13 @@ class Cell(Frozen):
     scheme: str  # what folds are grouped by: subject, or a group column (leave one group out)
     fold: int
     seed: int
-    contrasts: tuple[str, ...]
+    contrasts: tuple[str, ...]  # learnt from; its own test sees the same
+    subsets: tuple[tuple[str, ...], ...] = ()  # of contrasts, that it is judged on besides
+    fill: Fill = "zero"  # of contrasts that are absent or hidden
 
     @property
     def name(self) -> str:
-        made = f"{self.task}-{self.init.replace(':', '_')}-{self.adaptation}-{self.scheme}"
+        made = f"{self.task}-{self.init.replace(':', '_')}-{self.adaptation}-{'_'.join(self.contrasts)}-{self.scheme}"
         return f"{made}-f{round(self.label_fraction * 1000):04d}-k{self.fold}-s{self.seed}"
 
 

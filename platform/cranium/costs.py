@@ -51,7 +51,7 @@ def estimate(exp: Experiment) -> dict[str, Any]:
         cost["GPU-hours"] = f"{', '.join(f'{gpu} {h}' for gpu, h in hours.items())} (computed, at {share})"
     if exp.sweep and exp.adapt:
         rows = sum(len(exp.sweep.adaptations(t, i)) for t in exp.adapt.tasks for i in exp.sweep.init)
-        grid = rows * len(exp.sweep.label_fractions) * len(exp.sweep.seeds)
+        grid = rows * len(exp.sweep.contrasts.train) * len(exp.sweep.label_fractions) * len(exp.sweep.seeds)
         folds = exp.sweep.folds * exp.sweep.group_by.count("subject")
         others = [scheme for scheme in exp.sweep.group_by if scheme != "subject"]
         cost["cells"] = f"{grid * folds}" + "".join(f" + {grid} for each {scheme}" for scheme in others)

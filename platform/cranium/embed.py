@@ -1,26 +1,29 @@
 """A frozen backbone over a shard set, once: slice features every probe, fold and fraction then shares.
 
 In: a finished shard set and an initialisation. Out: `<store>/embed/<init>_<cohort>-<hex>/features.parquet`, one row
-per slice stack in the shard set's order; `features` is float32, raw, [D] for `cls` and [D] for `patch_mean`. Not
-float16: the CLS tokens of a random DINOv2 backbone differ by 1e-5 only, and halving would turn them into noise.
+per slice stack in the shard set's order, and `<init>_<cohort>_only_<contrasts>-<hex>` for each subset of contrasts that
+alone is to be seen; `present` says what a row shows. `features` is float32, raw, [D] for `cls` and [D] for
+`patch_mean`. Not float16: the CLS tokens of a random DINOv2 backbone differ by 1e-5 only, and halving would turn them
+into noise.
 """
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
-from numpy.typing import NDArray
 
 from cranium import checkpoint, sessions, shardset, store, stream
-from cranium.config import Experiment, Machine, UserError
+from cranium.config import Experiment, Fill, Machine, UserError
 from cranium.models import vit
 from cranium.store import Artefact
 from cranium.volume import shard
@@ -32,14 +35,27 @@ FEATURES = "features.parquet"
 IDENTITY = ["cohort", "subject", "session", "slice", "present"]
 
 Progress = Callable[[int, int, str], None]
+Subset = tuple[str, ...]  # of contrasts; (): whatever is there
 
 
 def artefact(
-    exp: Experiment, machine: Machine, init: str, shard_set: Artefact, pretrained: Artefact | None
+    exp: Experiment,
+    machine: Machine,
+    init: str,
+    shard_set: Artefact,
+    pretrained: Artefact | None,
+    subset: Subset = (),
 ) -> Artefact:
-    """Where the features of this initialisation and shard set lie."""
-    key = {"recipe": RECIPE, "embed": exp.embed, **origin(exp, machine, init, shard_set, pretrained)}
+    """Where the features of this initialisation and shard set lie, of `subset` alone if one is given."""
+    key = {
+        "recipe": RECIPE,
+        "embed": exp.embed.model_dump(exclude={"compute", "fill"}),
+        "subset": subset,
+        **origin(exp, machine, init, shard_set, pretrained),
+    }
     name = f"{init.replace(':', '_')}_{shard_set.manifest()['cohort']}"
+    if subset:
+        name += f"_only_{'_'.join(subset)}"
     return store.artefact(machine.store, "embed", name, key)
 
 
@@ -52,7 +68,7 @@ def origin(
         "init": init,
         "weights": pretrained.id if pretrained else _weights(machine),
         "shards": [entry["sha256"] for entry in shard_set.manifest()["shards"]],
-        **({"fill": exp.stream.fill} if exp.stream.fill != "zero" else {}),
+        "fill": exp.fill,
     }
 
 
@@ -67,31 +83,51 @@ def embed(
     shard_set: Artefact,
     pretrained: Artefact | None = None,
     progress: Progress | None = None,
-) -> Artefact:
-    """Features of every stack of `shard_set` under `init`; returns at once when they are there."""
-    made = artefact(exp, machine, init, shard_set, pretrained)
-    if made.done:
-        return made
+    subsets: Sequence[Subset] = ((),),
+) -> list[Artefact]:
+    """Features of every stack of `shard_set` under `init`, for each subset of contrasts that alone is to be seen.
+
+    Those that are there are not made again; what is missing takes one pass over the shards.
+    """
+    wanted = {subset: artefact(exp, machine, init, shard_set, pretrained, subset) for subset in subsets}
+    missing = {subset: made for subset, made in wanted.items() if not made.done}
+    if missing:
+        _make(exp, machine, init, shard_set, pretrained, missing, progress)
+    return list(wanted.values())
+
+
+def _make(
+    exp: Experiment,
+    machine: Machine,
+    init: str,
+    shard_set: Artefact,
+    pretrained: Artefact | None,
+    wanted: Mapping[Subset, Artefact],
+    progress: Progress | None,
+) -> None:
     started = time.monotonic()
     manifest = shard_set.manifest()
     backbone, source = load(exp, machine, init, manifest, pretrained)
-    with store.lock(machine.store, made.id):
-        made.path.mkdir(parents=True, exist_ok=True)
-        rows = _write(made.path / FEATURES, backbone, shard_set, manifest, exp, progress)
+    with contextlib.ExitStack() as locks:
+        for _, made in sorted((made.id, made) for made in wanted.values()):
+            locks.enter_context(store.lock(machine.store, made.id))
+            made.path.mkdir(parents=True, exist_ok=True)
+        rows = _write(wanted, backbone, shard_set, manifest, exp, progress)
         if rows != manifest["counts"]["stacks"]:
-            raise RuntimeError(f"{made.path}: {rows} features for {manifest['counts']['stacks']} stacks")
-        store.commit(
-            made.path,
-            {
-                **provenance(exp, init, shard_set, manifest, source),
-                "features": list(exp.embed.features),
-                "batch_size": exp.embed.batch_size,
-                "dim": backbone.embed_dim * len(exp.embed.features),
-                "rows": rows,
-                "seconds": round(time.monotonic() - started, 3),
-            },
-        )
-    return made
+            raise RuntimeError(f"{shard_set.id}: {rows} features for {manifest['counts']['stacks']} stacks")
+        for subset, made in wanted.items():
+            store.commit(
+                made.path,
+                {
+                    **provenance(exp, init, shard_set, manifest, source),
+                    "subset": list(subset),
+                    "features": list(exp.embed.features),
+                    "batch_size": exp.embed.batch_size,
+                    "dim": backbone.embed_dim * len(exp.embed.features),
+                    "rows": rows,
+                    "seconds": round(time.monotonic() - started, 3),
+                },
+            )
 
 
 def provenance(
@@ -106,7 +142,7 @@ def provenance(
         "channels": manifest["channels"],
         "source": asdict(source),
         "seed": exp.embed.seed,
-        "fill": exp.stream.fill,
+        "fill": exp.fill,
     }
 
 
@@ -141,7 +177,7 @@ def _same_preprocessing(pretrained: Artefact, manifest: dict[str, Any]) -> None:
 
 
 def _write(
-    path: Path,
+    wanted: Mapping[Subset, Artefact],
     backbone: torch.nn.Module,
     shard_set: Artefact,
     manifest: dict[str, Any],
@@ -153,23 +189,36 @@ def _write(
         for file, entry in zip(shardset.files(shard_set, manifest), manifest["shards"], strict=True)
         for index in range(len(entry["row_groups"]))
     ]
+    channels = manifest["channels"]
+    shown = tuple(sessions.bits(subset or channels, channels) for subset in wanted)
     total, rows = manifest["counts"]["stacks"], 0
-    writer: pq.ParquetWriter | None = None
-    try:
-        for table in mapped(items, Encoder, backbone, exp.embed.features, exp):
-            writer = writer or pq.ParquetWriter(path, table.schema, compression="none", use_dictionary=False)
-            writer.write_table(table)
-            rows += table.num_rows
+    writers: list[pq.ParquetWriter] = []
+    with contextlib.ExitStack() as files:
+        for table in mapped(items, Encoder, backbone, exp.embed.features, exp, shown):
+            parts = [table.filter(pc.field("subset") == n).drop_columns("subset") for n in range(len(shown))]
+            writers = writers or [
+                files.enter_context(
+                    pq.ParquetWriter(
+                        made.path / FEATURES, parts[0].schema, compression="none", use_dictionary=False
+                    )
+                )
+                for made in wanted.values()
+            ]
+            for writer, part in zip(writers, parts, strict=True):
+                writer.write_table(part)
+            rows += parts[0].num_rows
             if progress:
                 progress(rows, total, manifest["cohort"])
-    finally:
-        if writer:
-            writer.close()
     return rows
 
 
 def mapped(
-    items: list[dict[str, Any]], encoder: type[Encoder], backbone: torch.nn.Module, what: Any, exp: Experiment
+    items: list[dict[str, Any]],
+    encoder: type[Encoder],
+    backbone: torch.nn.Module,
+    what: Any,
+    exp: Experiment,
+    *more: Any,
 ) -> Iterator[pa.Table]:
     """What actors of `encoder`, each with the backbone, make of the row groups `items`, in their order."""
     from ray.data import ExecutionOptions
@@ -184,7 +233,8 @@ def mapped(
             what,
             exp.embed.batch_size,
             compute.threads,
-            exp.stream.fill,
+            exp.fill,
+            *more,
         ),
         batch_size=None,
         batch_format="pyarrow",
@@ -203,7 +253,7 @@ def mapped(
 
 
 class Encoder:
-    """A Ray Data actor: row groups in, feature rows out."""
+    """A Ray Data actor: row groups in, feature rows out, for each of `shown` (bits of contrasts that are seen)."""
 
     def __init__(
         self,
@@ -211,7 +261,8 @@ class Encoder:
         features: tuple[str, ...],
         batch_size: int,
         threads: int | None,
-        fill: sessions.Fill = "zero",
+        fill: Fill = "zero",
+        shown: Sequence[int] = (sessions.EVERY,),
     ) -> None:
         import ray
 
@@ -221,27 +272,32 @@ class Encoder:
         if isinstance(backbone, ray.ObjectRef):
             backbone = ray.get(backbone)
         self.backbone = backbone.to(self.device).eval()
-        self.features, self.batch_size, self.fill = features, batch_size, fill
+        self.features, self.batch_size, self.fill, self.shown = features, batch_size, fill, shown
 
     def __call__(self, items: pa.Table) -> pa.Table:
         return pa.concat_tables(self._row_group(item["file"], item["index"]) for item in items.to_pylist())
 
-    def read(self, file: str, index: int) -> tuple[pa.Table, NDArray[Any]]:
-        """Rows of a row group, checked, and their stacks with absent contrasts filled."""
+    def read(self, file: str, index: int) -> tuple[pa.Table, torch.Tensor]:
+        """Rows of a row group, checked, and their stacks as they were written."""
         table = shard.read_row_group(file, index, [*IDENTITY, "pixels", "crc"])
         shard.check_rows(table, f"{file}, row group {index}")
-        stacks = shard.pixels(table)
-        if self.fill == "replicate":  # as the stream filled them when the backbone was trained
-            stacks = sessions.filled(
-                torch.from_numpy(stacks.copy()), table["present"].to_numpy(), self.fill
-            ).numpy()
-        return table, stacks
+        return table, torch.from_numpy(shard.pixels(table).copy())
 
     def _row_group(self, file: str, index: int) -> pa.Table:
         table, stacks = self.read(file, index)
-        features = encode(self.backbone, stacks, self.features, self.batch_size, self.device)
-        raw = pa.array([row.tobytes() for row in features], pa.binary(features.shape[1] * 4))
-        return table.select(IDENTITY).append_column("features", raw)
+        present, parts = table["present"].to_numpy(), []
+        made: dict[bytes, pa.Array] = {}  # by what is seen: hiding what a row lacks changes nothing
+        for number, shown in enumerate(self.shown):
+            there = (present & shown).astype(np.uint32)
+            if there.tobytes() not in made:
+                stacks_seen = sessions.seen(stacks, present, shown, self.fill).numpy()
+                features = encode(self.backbone, stacks_seen, self.features, self.batch_size, self.device)
+                raw = pa.array([row.tobytes() for row in features], pa.binary(features.shape[1] * 4))
+                made[there.tobytes()] = raw
+            part = table.select(IDENTITY).set_column(IDENTITY.index("present"), "present", pa.array(there))
+            part = part.append_column("features", made[there.tobytes()])
+            parts.append(part.append_column("subset", pa.array(np.full(len(part), number, np.int16))))
+        return pa.concat_tables(parts)
 
 
 @torch.inference_mode()

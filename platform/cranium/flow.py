@@ -208,8 +208,8 @@ def embed(
             continue
         name = " ".join(["embed", init, cohort, *([way] if way else [])])
         weights = inventory.weights(study, init, pretrained)
-        made = inventory.embedding(study, init, sets[cohort], weights, way)
-        if made.done:
+        made = inventory.embeddings(study, init, sets[cohort], weights, way)
+        if all(one.done for one in made.values()):
             study.skipped(name)
         else:
             trust.check(sets[cohort])
@@ -217,12 +217,13 @@ def embed(
                 if init == "volumes":
                     volumes.measure(exp, study.machine, sets[cohort], tell)
                 elif way is None:
-                    stage.embed(exp, study.machine, init, sets[cohort], weights, tell)
+                    stage.embed(exp, study.machine, init, sets[cohort], weights, tell, list(made))
                 else:
                     dense.embed_tokens(exp, study.machine, init, sets[cohort], weights, way, tell)
-        if made.done:
-            features[(init, cohort, *([way] if way else []))] = made
-            study.made[name] = str(made.path)
+        for subset, one in made.items():
+            if one.done:
+                features[(init, cohort, *([way] if way else []), *subset)] = one
+                study.made[" ".join([name, *subset])] = str(one.path)
     return features
 
 

@@ -11,7 +11,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cranium import progress, store
-from cranium.config import FROZEN, Adaptation, Classification, Experiment, Machine, Segmentation, UserError
+from cranium.config import (
+    FROZEN,
+    Adaptation,
+    Classification,
+    Experiment,
+    Machine,
+    Segmentation,
+    UserError,
+    hiding,
+)
 from cranium.store import Artefact
 from cranium.study import Study, clock
 
@@ -135,6 +144,14 @@ def weights(study: Study, init: str, pretrained: Mapping[str, Artefact]) -> Arte
     return made
 
 
+def subsets(exp: Experiment) -> tuple[tuple[str, ...], ...]:
+    """Of contrasts, that features are wanted for; (): all that is there."""
+    assert exp.sweep
+    channels, spec = exp.ingest.channels, exp.sweep.contrasts
+    wanted = (*spec.trained(channels), *spec.judged(channels))
+    return tuple(dict.fromkeys(hiding(subset, channels) for subset in wanted))
+
+
 def to_embed(exp: Experiment) -> list[tuple[str, str, Adaptation | None]]:
     """(init, cohort, None) where features (or volumes) are wanted, (init, cohort, adaptation) where tokens are."""
     assert exp.sweep and exp.adapt
@@ -151,16 +168,18 @@ def to_embed(exp: Experiment) -> list[tuple[str, str, Adaptation | None]]:
     return list(dict.fromkeys(found))
 
 
-def embedding(
+def embeddings(
     study: Study, init: str, shard_set: Artefact, weights: Artefact | None, way: Adaptation | None
-) -> Artefact:
+) -> dict[tuple[str, ...], Artefact]:
+    """By the subset of contrasts that alone is seen."""
     from cranium import embed, tokens, volumes
 
+    exp, machine = study.exp, study.machine
     if init == "volumes":
-        return volumes.artefact(study.machine, shard_set)
-    if way is None:
-        return embed.artefact(study.exp, study.machine, init, shard_set, weights)
-    return tokens.artefact(study.exp, study.machine, init, shard_set, weights, way)
+        return {(): volumes.artefact(machine, shard_set)}
+    if way is not None:
+        return {(): tokens.artefact(exp, machine, init, shard_set, weights, way)}
+    return {s: embed.artefact(exp, machine, init, shard_set, weights, s) for s in subsets(exp)}
 
 
 def embedded(study: Study, sets: Mapping[str, Artefact]) -> Features:
@@ -168,12 +187,12 @@ def embedded(study: Study, sets: Mapping[str, Artefact]) -> Features:
     for init, cohort, way in to_embed(study.exp):
         if cohort not in sets:
             continue
-        made = embedding(study, init, sets[cohort], weights(study, init, pretrained), way)
-        if not made.done:
-            raise UserError(
-                "NOT_EMBEDDED", f"{cohort} is not embedded with {init} yet; run `cranium embed` first"
-            )
-        features[(init, cohort, *([way] if way else []))] = made
+        made = embeddings(study, init, sets[cohort], weights(study, init, pretrained), way)
+        for subset, one in made.items():
+            if not one.done:
+                what = f"{cohort} is not embedded with {' '.join([init, *subset])}"
+                raise UserError("NOT_EMBEDDED", f"{what} yet; run `cranium embed` first")
+            features[(init, cohort, *([way] if way else []), *subset)] = one
     return features
 
 
@@ -255,7 +274,12 @@ def status(exp: Experiment, machine: Machine) -> list[tuple[str, str, str]]:
         "demo": ("demo-",) if exp.demo else (),
         "ingest": cohorts,
         "pretrain": tuple(f"{init}-{exp.arch}-" for init in exp.pretrain.inits) if exp.pretrain else (),
-        "embed": tuple(f"{init.replace(':', '_')}_{cohort}" for init in inits for cohort in cohorts),
+        "embed": tuple(
+            f"{init.replace(':', '_')}_{cohort}{rest}"
+            for init in inits
+            for cohort in exp.ingest.cohorts
+            for rest in ("-", "_tokens-", "_only_")
+        ),
         "sweep": (f"{exp.name}-",),
         "report": (f"{exp.name}-",),
     }

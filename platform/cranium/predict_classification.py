@@ -112,6 +112,7 @@ class Features:
         self, made: Trained, machine: Machine, task: Classification, spec: Probe | Knn | Attention, head: Path
     ) -> None:
         self.about, self.task, self.source = made.embedded, task, made.embedded["source"]
+        self.shown = made.shown
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.backbone = trained.backbone(made, machine).to(self.device).eval()
         self.probe = probing.load(spec, head)
@@ -120,7 +121,7 @@ class Features:
         parts = [
             embed.encode(
                 self.backbone,
-                seen.filled(stacks, self.about["fill"]).numpy(),
+                seen.filled(stacks, self.about["fill"], self.shown).numpy(),
                 self.about["features"],
                 self.about["batch_size"],
                 self.device,
@@ -142,7 +143,7 @@ class Network:
         self, made: Trained, machine: Machine, task: Classification, spec: Finetune, head: Path
     ) -> None:
         begun = dict(made.manifest["start"])
-        self.spec, self.source = spec, begun.pop("source")
+        self.spec, self.source, self.shown = spec, begun.pop("source"), made.shown
         before = trained.pretrained(made, self.source) if self.source else None
         self.start = tuning.Start(
             **(begun | {"features": tuple(begun["features"])}),
@@ -163,7 +164,7 @@ class Network:
 
     def __call__(self, seen: unseen.Seen) -> Judged:
         used = sessions.spread(len(seen.stacks), self.spec.max_slices)
-        stacks = seen.filled(seen.stacks[used], self.start.fill)
+        stacks = seen.filled(seen.stacks[used], self.start.fill, self.shown)
         probabilities, attention = tuning.judged(self.model, stacks, self.spec)
         return Judged(probabilities, used, attention)
 

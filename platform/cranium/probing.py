@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,8 +41,16 @@ class Slices(NamedTuple):
 
 def pooled(features: Path, table: pd.DataFrame, how: str) -> Array:
     """Mean or max [n, D] over the slices of each session in `table`, in its order; means are summed in float64."""
-    every = _slices(features)
-    return np.stack([pool(every.values[place], how) for place in _places(every, features, table)])
+    vectors, rows = _vectors(features, how)
+    return vectors[[rows[key] for key in _keys(rows, features, table)]]
+
+
+@functools.lru_cache(maxsize=64)
+def _vectors(features: Path, how: str) -> tuple[Array, dict[tuple[str, str], int]]:
+    """A vector of each session, and where it is. Cached: a trial's process runs many cells."""
+    every = read(features)
+    found = np.stack([pool(every.values[place], how) for place in every.places.values()])
+    return found, {key: row for row, key in enumerate(every.places)}
 
 
 def pool(values: Array, how: str) -> Array:
@@ -69,21 +77,25 @@ def measured(raw: Sequence[Array]) -> list[Array]:
 def bags(features: Path, table: pd.DataFrame) -> Bags:
     """The slice features of each session in `table`, in its order."""
     every = _slices(features)
-    places = _places(every, features, table)
+    places = [every.places[key] for key in _keys(every.places, features, table)]
     sizes = [place.stop - place.start for place in places]
     return Bags(np.concatenate([every.values[p] for p in places]), np.repeat(np.arange(len(places)), sizes))
 
 
-def _places(every: Slices, features: Path, table: pd.DataFrame) -> list[slice]:
+def _keys(known: Collection[tuple[str, str]], features: Path, table: pd.DataFrame) -> list[tuple[str, str]]:
     keys = list(zip(table["subject"], table["session"], strict=True))
-    if absent := [key for key in keys if key not in every.places]:
+    if absent := [key for key in keys if key not in known]:
         raise UserError("FEATURES", f"{features} lacks sessions {absent[:5]}; run `cranium embed` again")
-    return [every.places[key] for key in keys]
+    return keys
 
 
 @functools.lru_cache(maxsize=16)
 def _slices(folder: Path) -> Slices:
-    """Cached: a trial's process runs many cells."""
+    return read(folder)
+
+
+def read(folder: Path) -> Slices:
+    """Every slice of a feature artefact. Raises `UserError(FEATURES)` for values that are not finite."""
     columns, values = embed.read(folder)
     if not np.isfinite(values).all():
         raise UserError("FEATURES", f"{folder} holds values that are not finite; remove it and embed again")

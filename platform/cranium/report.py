@@ -14,15 +14,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
+import pandas as pd
 
-from cranium import report_adaptations, report_search, report_segmentation, report_strata, wording
+from cranium import (
+    report_adaptations,
+    report_contrasts,
+    report_search,
+    report_segmentation,
+    report_strata,
+    wording,
+)
 from cranium.config import UserError
 from cranium.figures import corpus, page, plots, training
 from cranium.figures.page import Link, Plate, Section, Table
 from cranium.reading import share
 from cranium.tasks import comparison
-from cranium.tasks.comparison import TEST, Cell, Comparison, Point, Setting
+from cranium.tasks.comparison import TEST, Cell, Comparison, Point, Setting, Shown
 from cranium.tasks.metrics import Undefined, auroc
 from cranium.tasks.statistics import Fold, Interval
 
@@ -103,12 +110,14 @@ def write(exp_name: str, inputs: ReportInputs, out: Path) -> Path:
         return _link(run, inputs)
 
     cells = [cell for cell, _ in read]
-    found = comparison.points(comparison.beside_references(cells), inputs.bootstrap)
+    cells = comparison.beside_references(cells)
+    found = comparison.points(cells, inputs.bootstrap)
     pairs = comparison.comparisons(found, inputs.bootstrap)
     on_maps, said = ([], []) if maps is None else report_segmentation.sections(maps, ui, inputs.bootstrap)
     sections = [
         *(_results(found, pairs, inputs) if found else []),
         *report_adaptations.section(found, inputs.bootstrap),
+        *report_contrasts.section(cells, inputs.bootstrap),
         *report_strata.section(judged, inputs.bootstrap),
         *report_search.section(judged),
         *on_maps,
@@ -146,26 +155,22 @@ def _read_cell(folder: Path, run_id: str) -> tuple[Cell, list[str]]:
     """A cell with its scores in subject order, and what about it does not agree."""
     manifest = json.loads((folder / "manifest.json").read_text())
     spec, counts = manifest["cell"], manifest["counts"]
-    rows = pq.read_table(folder / "predictions.parquet")
-    role, cohort, subject, group = (
-        np.array([str(value) for value in rows.column(name).to_pylist()])
-        for name in ("role", "cohort", "subject", "group")
-    )
-    label = rows.column("label").to_numpy().astype(np.int64)
-    probs = np.stack([rows.column(f"prob_{name}").to_numpy() for name in manifest["task"]["classes"]], axis=1)
-    tests: dict[str, Fold] = {}
-    for test in sorted(set(zip(role.tolist(), cohort.tolist(), strict=True))):
-        mine = np.flatnonzero((role == test[0]) & (cohort == test[1]))
-        mine = mine[np.argsort(subject[mine], kind="stable")]
-        tests[TEST if test[0] == TEST else test[1]] = Fold(
-            label[mine], probs[mine], tuple(group[mine].tolist())
-        )
-    contrasts = spec["contrasts"]
+    rows = pd.read_parquet(folder / "predictions.parquet").sort_values("subject", kind="stable")
+    rows["test"] = np.where(rows["role"] == TEST, TEST, rows["cohort"])
+    probs = [f"prob_{name}" for name in manifest["task"]["classes"]]
+    own = {str(test): part for test, part in rows[rows["subset"] == ""].groupby("test")}
+    subsets: dict[tuple[str, ...], dict[str, Shown]] = {tuple(subset): {} for subset in spec["subsets"]}
+    for (test, subset), part in rows[rows["subset"] != ""].groupby(["test", "subset"]):
+        there = own.get(str(test), part[:0])
+        shared = set(part["subject"]) & set(there["subject"])
+        pair = [_fold(side[side["subject"].isin(shared)], probs) for side in (part, there)]
+        subsets[tuple(subset.split("+"))][str(test)] = Shown(_fold(part, probs), *pair)
+    tests = {test: _fold(part, probs) for test, part in own.items()}
     cell = Cell(
         setting=Setting(
             task=str(manifest["task"]["name"]),
             cohort=str(spec["cohort"]),
-            contrasts=contrasts if isinstance(contrasts, str) else " + ".join(contrasts),
+            contrasts=" + ".join(spec["contrasts"]),
             scheme=str(spec["scheme"]),
             adaptation=str(spec["adaptation"]),
         ),
@@ -180,14 +185,25 @@ def _read_cell(folder: Path, run_id: str) -> tuple[Cell, list[str]]:
         tests=tests,
         run_id=run_id,
         name=folder.name,
+        contrasts=tuple(spec["contrasts"]),
+        fill=str(spec["fill"]),
+        subsets=subsets,
     )
     return cell, _disagreements(cell, manifest["metrics"])
 
 
+def _fold(rows: pd.DataFrame, probs: list[str]) -> Fold:
+    groups = tuple(str(group) for group in rows["group"])
+    return Fold(rows["label"].to_numpy(np.int64), rows[probs].to_numpy(), groups)
+
+
 def _disagreements(cell: Cell, metrics: Mapping[str, float | None]) -> list[str]:
+    kept_scores = [(test, "", scores) for test, scores in cell.tests.items()]
+    for subset, of in cell.subsets.items():
+        kept_scores += [(test, f"{'_'.join(subset)}/", shown.scores) for test, shown in of.items()]
     notes = []
-    for test, scores in cell.tests.items():
-        key = "test/auroc" if test == TEST else f"external/{test}/auroc"
+    for test, part, scores in kept_scores:
+        key = f"test/{part}auroc" if test == TEST else f"external/{test}/{part}auroc"
         value = auroc(scores.labels, scores.probs)
         kept = metrics.get(key)
         if kept is not None and (isinstance(value, Undefined) or abs(value - kept) > 1e-6):

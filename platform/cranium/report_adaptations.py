@@ -27,7 +27,7 @@ def section(found: Sequence[Point], resamples: int) -> list[Section]:
         ours = [p for p in ours if p.label_fraction == full]
         where = wording.setting(task, [task])
         if len({p.setting.contrasts for p in top}) > 1:
-            where += f", {task.contrasts}"
+            where += f", learnt from {task.contrasts}"
         tables += [_crossed(ours, where), _calibration(ours, where)]
         mine = [p for p in pairs if p.setting._replace(adaptation="") == task]
         smaller.append(_between(mine, f"One adaptation against another: {where}"))

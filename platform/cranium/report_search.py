@@ -33,7 +33,7 @@ def section(folders: Sequence[Path]) -> list[Section]:
 
 
 def _place(cell: Mapping[str, Any]) -> tuple[Any, ...]:
-    order = (cell[key] for key in ("adaptation", "label_fraction", "scheme", "fold", "seed"))
+    order = (cell[key] for key in ("adaptation", "contrasts", "label_fraction", "scheme", "fold", "seed"))
     return (cell["task"], rank(cell["init"]), *order)
 
 
@@ -70,6 +70,7 @@ def _winners(found: Sequence[Mapping[str, Any]]) -> Table:
             cell["task"],
             cell["init"],
             cell["adaptation"],
+            " + ".join(cell["contrasts"]),
             f"{100 * cell['label_fraction']:g} %",
             cell["scheme"],
         )
@@ -80,6 +81,6 @@ def _winners(found: Sequence[Mapping[str, Any]]) -> Table:
         rows.append(
             (*where, cell["fold"], cell["seed"], manifest["counts"]["n_validation"], won, *scores, *shown)
         )
-    columns = ("task", "init", "adaptation", "labels", "grouped by", "fold", "seed", "n select", "won",
+    columns = ("task", "init", "adaptation", "learnt from", "labels", "grouped by", "fold", "seed", "n select", "won",
                "declared, AUROC", "winner, AUROC", *names)  # fmt: skip
     return Table(columns, tuple(rows), "winners")

@@ -61,7 +61,8 @@ def _rows(cells: Sequence[tuple[Mapping[str, Any], Path]], resamples: int) -> It
     by_init: dict[str, list[pd.DataFrame]] = defaultdict(list)
     for cell, folder in sorted(cells, key=lambda one: (one[0]["fold"], one[0]["seed"])):
         table = pd.read_parquet(folder / "predictions.parquet")
-        by_init[cell["init"]].append(table[table["role"] == "test"])
+        own = (table["role"] == "test") & (table["subset"] == "")
+        by_init[cell["init"]].append(table[own])
     for init in sorted(by_init, key=rank):
         tables = [
             table.assign(**{f"by {k}": v for k, v in _strata(table).items()}) for table in by_init[init]

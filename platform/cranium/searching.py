@@ -37,7 +37,7 @@ def wanted(work: adapt.Work, folds: Folds) -> bool:
     """Whether a cell has a search before it: one is asked for, not over, and somebody can be held out to select by."""
     if not isinstance(work.spec, Finetune) or not work.spec.search or trials.concluded(work.folder):
         return False
-    train, _ = adapt.divided(work, folds)
+    train = adapt.learnt_from(work, folds)
     return bool(tuning.hold_out(train, work.spec.validation, work.cell.seed))
 
 
@@ -236,7 +236,7 @@ def attempt(work: adapt.Work, folds: Folds, number: int, settings: Settings, rep
             trials.write(work.folder, number, trial)
             report(100 * done / spec.epochs, trial.score())
 
-    train, _ = adapt.divided(work, folds)
+    train = adapt.learnt_from(work, folds)
     try:
         adapt.learn(work, spec, train, tell)
     except UserError as error:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,29 +13,52 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cranium import corpora, stream
-from cranium.config import UserError
+from cranium.config import Fill, UserError
 from cranium.store import Artefact
 from cranium.volume import plan, shard, visit
 
-Fill = Literal["zero", "replicate"]  # of absent contrasts
+EVERY = 2**32 - 1  # bits of `present`: whatever is there is seen
+
+
+def bits(contrasts: Sequence[str], channels: Sequence[str]) -> int:
+    """The bits of `present` that are these contrasts."""
+    return sum(1 << channels.index(contrast) for contrast in contrasts)
+
+
+def seen(stacks: Tensor, present: NDArray[Any], shown: int, fill: Fill) -> Tensor:
+    """Stacks [B, C, S, H, W], of which only the contrasts in the bits `shown` are seen.
+
+    `present` [B]: bits of what each row has. The others are filled as if they had never been scanned, so nothing of
+    their pixels is left.
+    """
+    there = torch.from_numpy((present[:, None] & shown) >> np.arange(stacks.shape[1]) & 1).bool()
+    if (present & (EVERY ^ shown)).any():
+        stacks = stacks * there[:, :, None, None, None]
+    return stream.replicate(stacks, there) if fill == "replicate" else stacks
 
 
 def read(
-    shard_set: Path, keys: Iterable[tuple[str, str]], *, most: int | None = None, fill: Fill = "zero"
+    shard_set: Path,
+    keys: Iterable[tuple[str, str]],
+    *,
+    most: int | None = None,
+    fill: Fill = "zero",
+    contrasts: Sequence[str] | None = None,
 ) -> Iterator[Tensor]:
     """Stacks uint8 [k, C, S, H, W] of each (subject, session), in their order: at most `most`, spread evenly.
 
-    Raises `UserError(SHARD_CORRUPT | SHARD_MISSING | NO_ROWS)`.
+    Only `contrasts` are seen; None: all that is there. Raises `UserError(SHARD_CORRUPT | SHARD_MISSING | NO_ROWS)`.
     """
     corpus = corpora.corpus([Artefact(shard_set)])
+    shown = EVERY if contrasts is None else bits(contrasts, corpus.channels)
     of = {(session.subject, session.session): session for session in corpus.sessions}
     for key in keys:
         if key not in of:
             raise UserError("NO_ROWS", f"{shard_set} holds no stack of {key}; ingest it again")
-        yield _session(of[key], most or of[key].rows, fill)
+        yield _session(of[key], most or of[key].rows, fill, shown)
 
 
-def _session(session: plan.Session, most: int, fill: Fill) -> Tensor:
+def _session(session: plan.Session, most: int, fill: Fill, shown: int) -> Tensor:
     wanted = spread(session.rows, most)
     groups = session.row_groups
     items = [{"files": [g.file for g in groups], "indices": [g.index for g in groups]}]
@@ -44,18 +67,10 @@ def _session(session: plan.Session, most: int, fill: Fill) -> Tensor:
     except shard.ShardError as error:
         raise UserError(error.code, str(error), 1) from error
     pixels = torch.from_numpy(np.concatenate([shard.pixels(table) for table in tables])[wanted])
-    bits = np.concatenate([table["present"].to_numpy() for table in tables])[wanted]
-    return filled(pixels, bits, fill)
+    present = np.concatenate([table["present"].to_numpy() for table in tables])[wanted]
+    return seen(pixels, present, shown, fill)
 
 
 def spread(rows: int, most: int) -> NDArray[np.int64]:
     """Which of a session's `rows` are used, at most `most`, spread evenly, the first and the last among them."""
     return np.unique(np.linspace(0, rows - 1, min(most, rows)).round().astype(np.int64))
-
-
-def filled(stacks: Tensor, bits: NDArray[Any], fill: Fill) -> Tensor:
-    """Stacks [B, C, S, H, W] with absent contrasts as training saw them; `bits` [B] of `present`, as shards have it."""
-    if fill == "zero":
-        return stacks
-    present = torch.from_numpy(bits[:, None] >> np.arange(stacks.shape[1]) & 1).bool()
-    return stream.replicate(stacks, present)

@@ -29,16 +29,17 @@ from cranium.config import (
     Machine,
     Probe,
     Segmentation,
-    Sweep,
     Task,
     fingerprint,
+    hiding,
 )
 from cranium.store import Artefact
 from cranium.tasks import splits
 from cranium.watch import repeatedly
 
 Tell = Callable[[int, int, str], None]
-# (init, cohort) -> features; (init, cohort, adaptation) -> tokens for the decoder of that adaptation
+# (init, cohort, *contrasts) -> features where these alone are seen, none: all that is there; (init, cohort, adaptation)
+# -> tokens for the decoder of that adaptation
 Features = Mapping[tuple[str, ...], Artefact]
 Weights = Mapping[str, Artefact]  # init -> the pretraining behind it
 Work = adapt.Work | segmenting.Work
@@ -105,7 +106,7 @@ def declare(
         if isinstance(task, Segmentation)
         else _classification(exp, machine, task, cell, mine, shard_sets, features, weights or {})
         for task in exp.adapt.tasks
-        for cell in _cells(exp.sweep, task, folds, shard_sets)
+        for cell in _cells(exp, task, folds, shard_sets)
         for mine in [folds[f"{task.name}/{cell.scheme}/{cell.seed}"]]
     ]
     key = {"works": [work.folder.name for work in works]}
@@ -113,10 +114,12 @@ def declare(
 
 
 def _cells(
-    spec: Sweep, task: Task, folds: Mapping[str, Folds], shard_sets: Mapping[str, Artefact]
+    exp: Experiment, task: Task, folds: Mapping[str, Folds], shard_sets: Mapping[str, Artefact]
 ) -> Iterator[Cell]:
-    contrasts = tuple(shard_sets[task.cohort].manifest()["channels"])
-    for scheme, seed, init in itertools.product(spec.group_by, spec.seeds, spec.init):
+    assert exp.sweep
+    spec, channels = exp.sweep, tuple(shard_sets[task.cohort].manifest()["channels"])
+    trained, subsets = spec.contrasts.trained(channels), spec.contrasts.judged(channels)
+    for scheme, seed, init, contrasts in itertools.product(spec.group_by, spec.seeds, spec.init, trained):
         numbers = sorted(set(folds[f"{task.name}/{scheme}/{seed}"].values()))
         for adaptation, fraction, fold in itertools.product(
             spec.adaptations(task, init), spec.label_fractions, numbers
@@ -131,6 +134,8 @@ def _cells(
                 fold=fold,
                 seed=seed,
                 contrasts=contrasts,
+                subsets=subsets,
+                fill=exp.fill,
             )
 
 
@@ -146,10 +151,15 @@ def _classification(
 ) -> adapt.Work:
     assert exp.adapt
     frozen = cell.adaptation in FROZEN and cell.init != "covariates"
-    cohorts = [
-        adapt.Cohort(name, shard_sets[name].path, features[cell.init, name].path if frozen else None)
-        for name in (task.cohort, *task.external)
-    ]
+
+    def seen(name: str, subset: tuple[str, ...]) -> adapt.Cohort:
+        hidden = () if cell.init == "volumes" else hiding(subset, shard_sets[name].manifest()["channels"])
+        made = features[(cell.init, name, *hidden)].path if frozen else None
+        return adapt.Cohort(name, shard_sets[name].path, made, subset)
+
+    names = (task.cohort, *task.external)
+    cohorts = [seen(name, cell.contrasts) for name in names]
+    shown = [seen(name, subset) for subset in cell.subsets for name in names]
     spec, start = _spec(exp.adapt, cell.adaptation), None
     key = {
         "recipe": adapt.RECIPE,
@@ -158,7 +168,7 @@ def _classification(
         "spec": spec,
         "covariates": exp.adapt.covariates if cell.init == "covariates" else (),
         "folds": splits.digest(folds),
-        "cohorts": [[c.shard_set.name, c.features.name if c.features else None] for c in cohorts],
+        "cohorts": [[c.shard_set.name, c.features.name if c.features else None] for c in (*cohorts, *shown)],
     }
     if cell.adaptation not in FROZEN:
         start = _start(exp, machine, cell.init, weights.get(cell.init))
@@ -173,6 +183,7 @@ def _classification(
         store.artefact(machine.store, "adapt", cell.name, key).path,
         (("cell", fingerprint(key)[:16]), ("manifest", cohorts[0].shard_set.name)),
         start,
+        tuple(shown),
     )
 
 
@@ -233,7 +244,7 @@ def _start(exp: Experiment, machine: Machine, init: Init, pretrained: Artefact |
     arch = exp.arch if init in WITHOUT_BACKBONE else checkpoint.architecture(init, exp.arch, pretrained)
     made = pretrained.path if pretrained else None
     spec = exp.embed
-    return tuning.Start(init, arch, spec.seed, spec.features, exp.stream.fill, machine.weights, made)
+    return tuning.Start(init, arch, spec.seed, spec.features, exp.fill, machine.weights, made)
 
 
 def _identity(start: tuning.Start) -> dict[str, Any]:

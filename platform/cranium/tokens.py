@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 
-from cranium import checkpoint, embed, shardset, store
+from cranium import checkpoint, embed, sessions, shardset, store
 from cranium.config import Adaptation, Experiment, Machine, UserError
 from cranium.embed import Progress
 from cranium.models import decoder
@@ -143,7 +143,8 @@ class Encoder(embed.Encoder):
 
     def _row_group(self, file: str, index: int) -> pa.Table:
         table, stacks = self.read(file, index)
-        tokens = encode(self.backbone, stacks, self.depths, self.batch_size, self.device)
+        filled = sessions.seen(stacks, table["present"].to_numpy(), sessions.EVERY, self.fill)
+        tokens = encode(self.backbone, filled.numpy(), self.depths, self.batch_size, self.device)
         raw = pa.array([row.tobytes() for row in tokens], pa.large_binary())
         return table.select(IDENTITY).append_column("tokens", raw)
 

@@ -55,7 +55,8 @@ METRICS: Mapping[str, str] = {
     "monitor/linear_<label>": "AUROC of a label, linear probe, monitoring cohort; knn_<label> likewise",
     "sys/stacks_per_second": "slice stacks through the step, all workers",
     "sys/seconds": "wall time of a stage",
-    "test/auroc": "area under the ROC curve, macro one-vs-rest, test fold; external/<cohort>/... likewise",
+    "test/auroc": "area under the ROC curve, macro one-vs-rest, test fold; external/<cohort>/... likewise; of subjects "
+    "of whom only some contrasts are seen: test/<contrasts>/auroc",
     "test/aupr": "area under the precision-recall curve, test fold",
     "test/balanced_accuracy": "mean recall of the classes, test fold",
     "test/f1": "of the most probable class, macro beyond two, test fold",

@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 
 import cranium
-from cranium import adapt, checkpoint, store
+from cranium import adapt, checkpoint, sessions, store
 from cranium.config import Ingest, Machine, Segmentation, UserError
 from cranium.models.vit import Backbone
 from cranium.store import Artefact
@@ -57,10 +57,17 @@ class Trained:
     def ingest(self) -> Ingest:
         return Ingest(**self.shards["preprocessing"])
 
+    @property
+    def shown(self) -> int:
+        """The contrasts that it learnt from: bits of `present`."""
+        return sessions.bits(self.manifest["cell"]["contrasts"], self.shards["channels"])
+
     @functools.cached_property
     def patterns(self) -> frozenset[int]:
-        """Which contrasts its cohort's sessions have together: bits of `present`."""
-        return frozenset(self._sessions(self.shard_set)["present"].tolist())
+        """Which of these its cohort's sessions have together."""
+        return frozenset(bits & self.shown for bits in self._sessions(self.shard_set)["present"].tolist()) - {
+            0
+        }
 
     def known(self, sources: Mapping[str, Mapping[str, Any]]) -> dict[str, str] | None:
         """The subject of the cell's own cohorts whose file one of these scans is, by content; and its part."""

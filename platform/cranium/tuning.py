@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from cranium import checkpoint, embed, sessions
-from cranium.config import Augment, Finetune, Lora, UserError
+from cranium.config import Augment, Fill, Finetune, Lora, UserError
 from cranium.dinov2 import intensity
 from cranium.models import lora
 from cranium.models.classifier import Classifier, Pool, parameter_groups, trained
@@ -46,7 +46,7 @@ class Start:
     arch: str
     seed: int  # of a random start
     features: tuple[str, ...]
-    fill: sessions.Fill
+    fill: Fill
     weights: Path | None = None
     pretrained: Path | None = None
 
@@ -79,9 +79,9 @@ class Tuned:
     spec: Finetune
     source: checkpoint.Source | None  # of the weights it started from; None: a CNN from scratch
 
-    def predict(self, shard_set: Path, table: pd.DataFrame) -> Array:
-        """Class probabilities [n, K] of the sessions in `table`, in its order."""
-        every = _read(self.start, self.spec, shard_set, table)
+    def predict(self, shard_set: Path, table: pd.DataFrame, contrasts: Sequence[str] | None = None) -> Array:
+        """Class probabilities [n, K] of the sessions in `table`, in its order; only `contrasts` are seen."""
+        every = _read(self.start, self.spec, shard_set, table, contrasts)
         return np.concatenate([probabilities(self.model, [stacks], self.spec) for stacks in every])
 
 
@@ -95,10 +95,14 @@ def learn(
     num_classes: int,
     seed: int,
     tell: Tell | None = None,
+    contrasts: Sequence[str] | None = None,
 ) -> Tuned:
-    """Fine-tune on the subjects of `labelled` (subject, session, label, matched), a part of which selects the epoch."""
+    """Fine-tune on the subjects of `labelled` (subject, session, label, matched), a part of which selects the epoch.
+
+    Only `contrasts` are seen; None: all that is there.
+    """
     held = hold_out(labelled, spec.validation, seed)
-    rows = list(_read(start, spec, shard_set, labelled))
+    rows = list(_read(start, spec, shard_set, labelled, contrasts))
     labels, out = labelled["label"].to_numpy(), labelled["subject"].isin(held).to_numpy()
     train = Examples([r for r, o in zip(rows, out, strict=True) if not o], labels[~out])
     validation = Examples([r for r, o in zip(rows, out, strict=True) if o], labels[out])
@@ -137,9 +141,11 @@ def load(model: Classifier, path: Path) -> None:
         parameter.data.copy_(kept[name])
 
 
-def _read(start: Start, spec: Finetune, shard_set: Path, table: pd.DataFrame) -> Iterator[Tensor]:
+def _read(
+    start: Start, spec: Finetune, shard_set: Path, table: pd.DataFrame, contrasts: Sequence[str] | None
+) -> Iterator[Tensor]:
     keys = zip(table["subject"], table["session"], strict=True)
-    return sessions.read(shard_set, keys, most=spec.max_slices, fill=start.fill)
+    return sessions.read(shard_set, keys, most=spec.max_slices, fill=start.fill, contrasts=contrasts)
 
 
 def _encoder(

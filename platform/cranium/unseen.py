@@ -20,7 +20,7 @@ from pydantic import Field
 from torch import Tensor
 
 from cranium import cards, cohort, conform, provisions, sessions
-from cranium.config import Frozen, Machine, UserError
+from cranium.config import Fill, Frozen, Machine, UserError
 from cranium.trained import Trained
 from cranium.volume import shard
 
@@ -66,11 +66,10 @@ class Seen:
         subject, session = self.row["subject"], self.row["session"]
         return f"{subject}_ses-{session}" if session else str(subject)
 
-    def filled(self, stacks: NDArray[Any], fill: sessions.Fill) -> Tensor:
-        """Some of its stacks, with absent contrasts as training saw them."""
-        return sessions.filled(
-            torch.from_numpy(stacks.copy()), np.full(len(stacks), self.row["present"]), fill
-        )
+    def filled(self, stacks: NDArray[Any], fill: Fill, shown: int = sessions.EVERY) -> Tensor:
+        """Some of its stacks, with absent contrasts, and those not in the bits `shown`, as training saw them."""
+        present = np.full(len(stacks), self.row["present"])
+        return sessions.seen(torch.from_numpy(stacks.copy()), present, shown, fill)
 
     def contrasts(self, trained: Trained) -> tuple[str, ...]:
         return _of_bits(trained, int(self.row["present"]))
@@ -156,7 +155,7 @@ def _of_tree(trained: Trained, folder: Path, card: str) -> tuple[list[dict[str, 
 def _misfit(trained: Trained, channels: Mapping[str, Any]) -> str:
     """Why a session with these channels is none that the cell could judge; empty when it is one."""
     every = list(trained.shards["channels"])
-    if sum(1 << every.index(channel) for channel in channels) in trained.patterns:
+    if sessions.bits(list(channels), every) & trained.shown in trained.patterns:
         return ""
     return f"{' and '.join(channels) or 'nothing'} alone is not what the cell has learnt with; {_wanted(trained)}"
 

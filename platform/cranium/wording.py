@@ -15,7 +15,7 @@ def setting(of: Setting, among: Collection[Setting]) -> str:
     """`Lesion in demo, folds grouped by subject`, and what else tells it from the others."""
     said = f"{of.task.capitalize()} in {of.cohort}, {scheme(of.scheme)}"
     if len({s.contrasts for s in among}) > 1:
-        said += f", {of.contrasts}"
+        said += f", learnt from {of.contrasts}"
     return f"{said}, {of.adaptation}" if len({s.adaptation for s in among}) > 1 else said
 
 

@@ -60,7 +60,7 @@ def test_tumour_slices_are_told_from_others_leaving_one_patient_out(
     counts = shards.manifest()["counts"]
     assert counts["subjects"] == 4 and counts["rejected"] == 0 and counts["scans"] == 8
     assert (counts["label_maps_accepted"], counts["label_maps_rejected"]) == (4, 0)
-    columns, features = embed.read(embed.embed(exp, machine, "dinov2", shards).path)
+    columns, features = embed.read(embed.embed(exp, machine, "dinov2", shards)[0].path)
     sessions = pd.read_parquet(shards.path / "sessions.parquet")
     tumour = tumour_per_slice(test_data, sessions)
     for row in sessions.itertuples():  # what the shards hold, by class, is what the label file says

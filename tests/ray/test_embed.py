@@ -33,7 +33,8 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Artefact:
 @pytest.fixture(scope="module")
 def features(ray_cluster: object, shards: Artefact, tmp_path_factory: pytest.TempPathFactory) -> Artefact:
     machine = Machine(store=tmp_path_factory.mktemp("features"))
-    return embed.embed(EXPERIMENT, machine, "random", shards)
+    (made,) = embed.embed(EXPERIMENT, machine, "random", shards)
+    return made
 
 
 def test_features_are_the_backbones_in_the_order_of_the_rows(shards: Artefact, features: Artefact):
@@ -78,8 +79,37 @@ def test_absent_contrasts_are_filled_as_in_training(ray_cluster: object, shards:
 
 def test_done_features_are_not_made_again(shards: Artefact, features: Artefact):
     before = (features.path / embed.FEATURES).stat().st_mtime_ns
-    again = embed.embed(EXPERIMENT, Machine(store=features.path.parents[1]), "random", shards)
+    (again,) = embed.embed(EXPERIMENT, Machine(store=features.path.parents[1]), "random", shards)
     assert again == features and (features.path / embed.FEATURES).stat().st_mtime_ns == before
+
+
+def test_subsets_take_one_pass_and_hold_what_a_pass_of_their_own_would(
+    ray_cluster: object, shards: Artefact, features: Artefact, tmp_path: Path
+):
+    """Of T1w and T2w alone, and of FLAIR alone: as if the shards had no other contrast."""
+    machine = Machine(store=features.path.parents[1])
+    subsets = [("T1w", "T2w"), ("FLAIR",), ()]
+    made = dict(
+        zip(subsets, embed.embed(EXPERIMENT, machine, "random", shards, subsets=subsets), strict=True)
+    )
+    assert made[()] == features and len({one.path for one in made.values()}) == 3
+    backbone, _ = checkpoint.load_backbone("random", arch="vit_tiny_patch14", in_channels=3, image_size=28)
+    for subset, kept in ((("T1w", "T2w"), 0b011), (("FLAIR",), 0b100)):
+        assert made[subset].manifest()["subset"] == list(subset)
+        assert made[subset].path.name.startswith(f"random_tiny_only_{'_'.join(subset)}-")
+        columns, values = embed.read(made[subset].path)
+        whole, _ = embed.read(features.path)
+        assert columns["present"].tolist() == [bits & kept for bits in whole["present"].tolist()]
+        assert all(columns[name].tolist() == whole[name].tolist() for name in ("subject", "slice"))
+        entry = shards.manifest()["shards"][0]
+        stacks = np.array(shard.pixels(shard.read_row_group(shards.path / entry["file"], 1)))
+        for channel in range(3):
+            if not kept >> channel & 1:
+                stacks[:, channel] = 0
+        with torch.inference_mode():
+            tokens = backbone(torch.from_numpy(stacks).flatten(1, 2).float() / 255)
+        expected = torch.cat([tokens.cls, tokens.patches.mean(1)], 1).numpy()
+        np.testing.assert_allclose(values[20:40], expected, atol=1e-4)  # session 1 has all three
 
 
 def test_identity_follows_shards_weights_and_seed(shards: Artefact, tmp_path: Path):

@@ -31,8 +31,15 @@ class Link:
 
 
 @dataclass(frozen=True)
+class Dot:
+    """A cell of a table that says whether something is seen: a disc on the page, yes or no in a CSV."""
+
+    seen: bool
+
+
+@dataclass(frozen=True)
 class Table:
-    """Columns and rows of text, numbers, None (nothing there) and `Link`."""
+    """Columns and rows of text, numbers, None (nothing there), `Link` and `Dot`."""
 
     columns: tuple[str, ...]
     rows: tuple[tuple[object, ...], ...]
@@ -56,6 +63,8 @@ class Table:
 def _literal(cell: object) -> object:
     if isinstance(cell, Link):
         cell = cell.text
+    if isinstance(cell, Dot):
+        return "yes" if cell.seen else "no"
     if isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t", "\r")):
         return "'" + cell
     return "" if cell is None else cell
@@ -136,5 +145,6 @@ def render(template: Path, values: Mapping[str, Any]) -> str:
     )
     environment.filters["shown"] = _number
     environment.tests["number"] = lambda value: isinstance(value, int | float) and not isinstance(value, bool)
+    environment.tests["dot"] = lambda value: isinstance(value, Dot)
     environment.tests["link"] = lambda value: isinstance(value, Link)
     return environment.get_template(template.name).render(**values)

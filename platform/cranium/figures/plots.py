@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from matplotlib.axes import Axes
 
 from . import style
 
@@ -160,19 +161,7 @@ def presence(
             sharey=True,
             gridspec_kw={"width_ratios": widths},
         )
-        for row, pattern in enumerate(patterns):
-            for column, there in enumerate(pattern):
-                face = style.colour("scratch") if there else "none"
-                edge = style.colour("scratch") if there else style.FAINT
-                axes[0].plot(column, row, "o", ms=10, mfc=face, mec=edge, mew=1.4)
-        axes[0].set_xticks(
-            range(len(channels)), list(channels), rotation=45, ha="left", rotation_mode="anchor"
-        )
-        axes[0].xaxis.tick_top()
-        axes[0].set(xlim=(-0.6, len(channels) - 0.4), ylim=(len(patterns) - 0.45, -0.55))
-        axes[0].set_yticks([])
-        axes[0].grid(visible=False)
-        axes[0].spines[:].set_visible(False)
+        discs(axes[0], patterns, channels)
         for panel, (cohort, numbers) in zip(axes[1:], counts.items(), strict=True):
             panel.barh(
                 range(len(numbers)), numbers, height=0.6, color=style.colour("scratch"), alpha=0.5, lw=0
@@ -185,6 +174,62 @@ def presence(
             panel.grid(visible=False)
             panel.spines["bottom"].set_visible(False)
         return style.to_svg(made, title)
+
+
+def subsets(
+    patterns: Sequence[tuple[bool, ...]],
+    channels: Sequence[str],
+    panels: Mapping[str, Sequence[tuple[int, Sequence[Mark]]]],
+    title: str,
+) -> str:
+    """A row per subset of contrasts: discs for what is seen, then for each test set a mark per init, and n."""
+    with style.drawing():
+        names = [mark.name for mark in next(iter(panels.values()))[0][1]]
+        step = 0.62 / max(len(names), 1)
+        made, axes = style.figure(
+            0.95 + len(patterns) * (0.2 + 0.13 * len(names)),
+            columns=1 + len(panels),
+            sharey=True,
+            gridspec_kw={"width_ratios": [0.3 * len(channels), *([1.6] * len(panels))]},
+        )
+        discs(axes[0], patterns, channels)
+        marks = [mark for rows in panels.values() for _, row in rows for mark in row]
+        low, high = _limits(marks)
+        for panel, (test, rows) in zip(axes[1:], panels.items(), strict=True):
+            for row, (count, found) in enumerate(rows):
+                for place, mark in enumerate(found):
+                    y, tint = row + (place - (len(found) - 1) / 2) * step, style.colour(mark.name)
+                    if mark.low is not None and mark.high is not None:
+                        panel.plot([mark.low, mark.high], [y, y], color=tint, lw=1.8, alpha=0.55)
+                    if mark.mean is not None:
+                        panel.plot(mark.mean, y, style.marker(mark.name), color=tint, ms=5.5, zorder=4)
+                panel.text(high, row, f"\u00a0{count}", va="center", fontsize=8)
+            panel.text(high, -0.62, "\u00a0n", va="bottom", fontsize=8)
+            panel.axhline(0.5, color=style.FAINT, lw=0.9)
+            panel.axvline(CHANCE, color=style.INK, lw=0.9, ls=(0, (3, 3)))
+            panel.set(xlim=(low, high), xlabel="AUROC")
+            panel.set_title(test, fontsize=8.5)
+            panel.grid(axis="y", visible=False)
+            panel.spines["left"].set_visible(False)
+        for name in names:
+            axes[1].plot([], [], style.marker(name), color=style.colour(name), ms=5.5, label=name)
+        made.legend(loc="outside upper left", ncols=min(4, len(names)), handletextpad=0.2, columnspacing=1.4)
+        return style.to_svg(made, title)
+
+
+def discs(axes: Axes, patterns: Sequence[tuple[bool, ...]], names: Sequence[str]) -> None:
+    """A row of discs for each pattern, full where something is there; names above."""
+    tint = style.colour("scratch")
+    for row, pattern in enumerate(patterns):
+        for column, there in enumerate(pattern):
+            face, edge = (tint, tint) if there else ("none", style.FAINT)
+            axes.plot(column, row, "o", ms=10, mfc=face, mec=edge, mew=1.4)
+    axes.set_xticks(range(len(names)), list(names), rotation=45, ha="left", rotation_mode="anchor")
+    axes.xaxis.tick_top()
+    axes.set(xlim=(-0.6, len(names) - 0.4), ylim=(len(patterns) - 0.45, -0.55))
+    axes.set_yticks([])
+    axes.grid(visible=False)
+    axes.spines[:].set_visible(False)
 
 
 def histories(

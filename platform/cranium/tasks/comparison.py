@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import NamedTuple
 
@@ -45,11 +45,20 @@ class Setting(NamedTuple):
     adaptation: str
 
 
+class Shown(NamedTuple):
+    """A cell on a subset of contrasts: scores of all who have it; of those its own test has too, hidden and its own."""
+
+    scores: Fold
+    hidden: Fold
+    own: Fold
+
+
 @dataclass(frozen=True)
 class Cell:
     """One trained model: where it stands in the grid, its sizes, and its scores on each test set.
 
     tests: "test" for the held-out fold, else the name of an external cohort -> scores with rows in subject order.
+    subsets: of contrasts that it is judged on besides -> the same tests, of the subjects who have each of them.
     """
 
     setting: Setting
@@ -64,6 +73,9 @@ class Cell:
     tests: Mapping[str, Fold]
     run_id: str
     name: str
+    contrasts: tuple[str, ...] = ()  # that were learnt from
+    fill: str = "zero"  # of those that are not seen
+    subsets: Mapping[tuple[str, ...], Mapping[str, Shown]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
