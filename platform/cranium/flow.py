@@ -5,16 +5,17 @@ A stage whose artefact is there is skipped without starting Ray or MLflow, so a 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from cranium import cluster, inventory, recording, store, trust
+from cranium import cluster, inventory, meters, recording, store, trust
 from cranium.config import FROZEN, UserError, to_yaml
 from cranium.inventory import Features
 from cranium.reading import share
@@ -62,7 +63,7 @@ def ingest(study: Study) -> dict[str, Artefact]:
         if made.done and not (made.path / "work").is_dir():  # else it was killed before it had tidied up
             study.skipped(name)
         else:
-            with study.stage(name) as tell, cluster.connect(study.machine):
+            with study.stage(name) as tell, _working(study, "ingest", made):
                 stage.ingest(card, raw, study.exp.ingest, study.machine, tell)
         sets[cohort] = made
         study.made[name] = str(made.path)
@@ -129,7 +130,7 @@ def pretrain(study: Study, sets: Mapping[str, Artefact] | None = None) -> dict[s
             _write_resolved(study, made)
             for shards in corpus:
                 trust.check(shards)
-            with inventory.without(study, init), study.stage(name) as tell, cluster.connect(study.machine):
+            with inventory.without(study, init), study.stage(name) as tell, _working(study, "pretrain", made):
                 monitored = _monitored(study, sets)
                 with recording.live(study, init, made, tell) as live:
                     stage.pretrain(study.exp, study.machine, init, corpus, live, monitored)
@@ -155,6 +156,13 @@ def _health_page(study: Study, init: str, made: Artefact, corpus: list[Artefact]
 
     if not health_page.current(made):
         health_page.write(Course(made, study.exp, init, tuple(corpus)))
+
+
+@contextlib.contextmanager
+def _working(study: Study, stage: str, made: Artefact) -> Iterator[None]:
+    """Be connected to Ray, and say there what is being worked on."""
+    with cluster.connect(study.machine), meters.running(stage, study.exp.name, made.path.name):
+        yield
 
 
 def replay(study: Study, capture: Path) -> None:
@@ -213,7 +221,11 @@ def embed(
             study.skipped(name)
         else:
             trust.check(sets[cohort])
-            with inventory.without(study, init), study.stage(name) as tell, cluster.connect(study.machine):
+            with (
+                inventory.without(study, init),
+                study.stage(name) as tell,
+                _working(study, "embed", next(iter(made.values()))),
+            ):
                 if init == "volumes":
                     volumes.measure(exp, study.machine, sets[cohort], tell)
                 elif way is None:
@@ -251,7 +263,7 @@ def sweep(study: Study, sets: Mapping[str, Artefact] | None = None, features: Fe
         with (
             store.lock(study.machine.store, grid.artefact.id),
             study.stage(f"sweep ({cells} of {len(grid.works)} cells)") as tell,
-            cluster.connect(study.machine),
+            _working(study, "sweep", grid.artefact),
             recording.sweeping(study, grid, tell) as live,
         ):
             failures = stage.sweep(grid, exp, live)

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cranium import store, track
+from cranium import meters, store, track
 from cranium.config import fingerprint
 from cranium.store import Artefact
 from cranium.study import Study, Tell
@@ -48,6 +48,10 @@ def runs(study: Study, made: Artefact) -> dict[str, str]:
     """MLflow's run ids of an artefact: `run`, or `run` and one per cell folder. Empty when it was not tracked."""
     mark = _mark(study, made)
     return dict(json.loads(mark.read_text())) if mark.is_file() else {}
+
+
+def _labels(study: Study, made: Artefact) -> dict[str, str]:
+    return {"experiment": study.exp.name, "run": made.path.name}
 
 
 def _tags(study: Study, **more: str) -> dict[str, str]:
@@ -88,13 +92,16 @@ def live(study: Study, init: str, made: Artefact, tell: Tell) -> Iterator[Tell]:
     Left by an error the run is FAILED, by a signal KILLED; the next attempt takes it up again.
     """
     run: str | None = None
-    due = time.monotonic() + LIVE_SECONDS
+    due = sent = time.monotonic()
+    due += LIVE_SECONDS
 
     def send() -> None:
-        nonlocal run
+        nonlocal run, sent
         run = run or _pretrain_run(study, init, made)
         for folder in JOURNALS:
-            _tracker(study).replay(run, made.path / folder)
+            points = _tracker(study).replay(run, made.path / folder)
+            meters.put("cranium_tracking_points_total", points, _labels(study, made))
+        sent = time.monotonic()
 
     def both(done: int, total: int, text: str) -> None:
         nonlocal due
@@ -103,6 +110,7 @@ def live(study: Study, init: str, made: Artefact, tell: Tell) -> Iterator[Tell]:
             with _tracking(study):
                 send()
             due = time.monotonic() + LIVE_SECONDS
+        meters.put("cranium_tracking_lag_seconds", time.monotonic() - sent, _labels(study, made))
 
     try:
         yield both
@@ -159,15 +167,18 @@ def sweeping(study: Study, grid: Grid, tell: Tell) -> Iterator[Tell]:
 
     Left by an error the sweep's run is FAILED, by a signal KILLED; the next attempt takes it up again.
     """
-    due = time.monotonic() + LIVE_SECONDS
+    due = sent = time.monotonic()
+    due += LIVE_SECONDS
 
     def both(done: int, total: int, text: str) -> None:
-        nonlocal due
+        nonlocal due, sent
         tell(done, total, text)
         if time.monotonic() >= due:
             with _tracking(study):
-                _send_cells(study, grid, {}, seconds=LIVE_SECONDS / 4)
+                ids = _send_cells(study, grid, {}, seconds=LIVE_SECONDS / 4)
+                sent = time.monotonic() if len(ids) > done else sent  # the parent's, and one for each cell
             due = time.monotonic() + LIVE_SECONDS
+        meters.put("cranium_tracking_lag_seconds", time.monotonic() - sent, _labels(study, grid.artefact))
 
     try:
         yield both

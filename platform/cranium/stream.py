@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Collection, Iterator, Sequence
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice, pairwise
 from typing import Any, Literal, NamedTuple
@@ -17,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from cranium import meters
 from cranium.config import Stream, UserError
 from cranium.corpora import Corpus
 from cranium.volume import plan, shard, window
@@ -70,8 +72,9 @@ def batches(
     prefetch: int = 2,
     read_cpus: float = 1.0,
     fill: Literal["zero", "replicate"] = "zero",
+    labels: Mapping[str, str] | None = None,
 ) -> Iterator[Batch]:
-    """The batches of steps `start` (included) to `stop` for one of `world` workers.
+    """The batches of steps `start` (included) to `stop` for one of `world` workers; `labels` are those of its meters.
 
     At most `READERS` tasks read at a time, on this node, and hold `read_cpus` of its logical CPUs together. Raises
     `UserError(SHARD_CORRUPT)` when a row's CRC does not match, SHARD_MISSING for a shard that is gone, SHARD_ROWS when
@@ -85,7 +88,7 @@ def batches(
     share = order.lanes // world
     lanes = range(rank * share, (rank + 1) * share)
     made = _assembled(corpus, order, lanes, start, stop, read_cpus)
-    return _prefetched(map(replicated, made) if fill == "replicate" else made, prefetch)
+    return _prefetched(map(replicated, made) if fill == "replicate" else made, prefetch, labels)
 
 
 def replicated(batch: Batch) -> Batch:
@@ -301,7 +304,7 @@ def explained(error: BaseException) -> BaseException:
     return error if found is None else UserError(found.code, str(found), 1)
 
 
-def _prefetched(batches: Iterator[Batch], depth: int) -> Iterator[Batch]:
+def _prefetched(batches: Iterator[Batch], depth: int, labels: Mapping[str, str] | None) -> Iterator[Batch]:
     """Assemble ahead in a thread, at most `depth` batches; an error there is raised here."""
     ready: queue.Queue[Any] = queue.Queue(depth)
     stopped = threading.Event()
@@ -317,9 +320,13 @@ def _prefetched(batches: Iterator[Batch], depth: int) -> Iterator[Batch]:
 
     def fill() -> None:
         try:
+            begun = time.perf_counter()
             for batch in batches:
+                if labels:
+                    meters.batch(labels, batch.stacks.nbytes, time.perf_counter() - begun)
                 if not put(batch):
                     return
+                begun = time.perf_counter()
             put(None)
         except BaseException as error:
             put(error)
@@ -327,9 +334,14 @@ def _prefetched(batches: Iterator[Batch], depth: int) -> Iterator[Batch]:
     thread = threading.Thread(target=fill, daemon=True, name="stream-prefetch")
     thread.start()
     try:
-        while (item := ready.get()) is not None:
+        while True:
+            late = ready.empty()
+            if (item := ready.get()) is None:
+                break
             if isinstance(item, BaseException):
                 raise item
+            if late and labels:
+                meters.put("cranium_stream_late_batches_total", 1, labels)
             yield item
     finally:
         stopped.set()

@@ -7,6 +7,7 @@ the next ones aside while the steps go on. Asked to stop, or at a step that is n
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 import uuid
@@ -18,11 +19,12 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from cranium import capture, checkpoint, corpora, restart, store, stream, track
+from cranium import capture, checkpoint, corpora, meters, restart, store, stream, track
 from cranium.config import Crops, Experiment, Loss, Optimiser, Pretrain, fingerprint
 from cranium.dinov2 import anomaly, schedules
 from cranium.dinov2.crops import CropSpec
 from cranium.dinov2.method import DINOv2, MethodSpec, Student, parameter_groups
+from cranium.models.architectures import ARCHITECTURES
 from cranium.restart import Position
 from cranium.store import Artefact
 from cranium.update import Terms, backward, update
@@ -73,6 +75,7 @@ def train_worker(payload: dict[str, Any]) -> dict[str, Any]:
             broadcast_buffers=False,
         )
     order = stream.order(exp.stream, spec.batch_size, spec.seed)
+    labels = {"experiment": exp.name, "run": folder.name, "rank": str(rank)}
     batches = stream.batches(
         corpus,
         order,
@@ -83,6 +86,7 @@ def train_worker(payload: dict[str, Any]) -> dict[str, Any]:
         prefetch=spec.compute.prefetch_batches,
         read_cpus=spec.compute.read_cpus,
         fill=exp.stream.fill,
+        labels=labels if replay is None else None,
     )
     if replay is not None:
         run = Run(folder, device, world, corpus, order)
@@ -96,10 +100,11 @@ def train_worker(payload: dict[str, Any]) -> dict[str, Any]:
         "config": fingerprint(spec),
     }
     run = Run(folder, device, world, corpus, order, journal, card)
+    meter = _meter(spec, labels, position.step, world, folder / JOURNAL)
     if position.step == 0:
         _look(spec, method, run, 0)
     clock, begun = Stopwatch(), position.step
-    captured = _loop(spec, method, optimiser, batches, position, run, clock)
+    captured = _loop(spec, method, optimiser, batches, position, run, clock, meter)
     if journal:
         journal.close()
     if journal and position.step == spec.steps:
@@ -140,6 +145,15 @@ class Stopwatch:
         seconds, self._last = now - self._last, now
         self.spent[part] += seconds
         return seconds
+
+
+def _meter(spec: Pretrain, labels: dict[str, str], step: int, world: int, journal: Path) -> meters.Loop:
+    full = {
+        "train/target_entropy": math.log(spec.loss.prototypes),
+        "train/feature_std": 1 / math.sqrt(ARCHITECTURES[spec.arch].dim),
+    }
+    attempts = len(list(journal.glob("*.jsonl")))
+    return meters.Loop(labels, full, step, spec.steps, spec.batch_size // world, attempts)
 
 
 def _look(spec: Pretrain, method: DINOv2, run: Run, done: int) -> None:
@@ -213,6 +227,7 @@ def _loop(
     position: Position,
     run: Run,
     clock: Stopwatch,
+    meter: meters.Loop,
 ) -> Path | None:
     """Every step from the stream's first to its last, or until asked to stop; the capture of one that ended it."""
     schedule = rates(spec.optimiser, spec.loss, spec.steps, spec.batch_size)
@@ -234,6 +249,7 @@ def _loop(
         position.in_a_row = 0 if terms.finite else position.in_a_row + 1
         position.step = done = batch.step + 1
         seconds = waited + clock.lap("step")
+        meter.step(done, seconds, clock.spent)
         if run.journal and (done % spec.compute.log_every == 0 or done == spec.steps or batch.step == 0):
             values = terms.metrics() | {
                 "train/lr": now.lr,
@@ -245,6 +261,7 @@ def _loop(
             values |= {"sys/data_wait_seconds": waited, "sys/data_wait_share": waited / seconds}
             values |= {"sys/stacks_per_second": spec.batch_size / seconds}
             run.journal.metrics(batch.step, values)
+            meter.entry(values)
         clock.lap("tracking")
         asked = _asked(run, done, spec)
         leaving, preempted = asked == "leave", asked == "save" and not warned
