@@ -23,7 +23,7 @@ def tree(root: Path) -> Path:
 
 
 def look(root: Path) -> str:
-    walked = list(cohort._walk(root))
+    walked = list(cohort._walk(root, []))
     files = tuple((path, size) for path, size, _ in walked)
     times = {path: time for path, _, time in walked}
     layout = cohort.Layout(files={"T1w": "{subject}.nii"}, unverified=True)

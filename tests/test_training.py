@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from cranium import capture, corpora, restart, stream, track, training, update
+from cranium import capture, corpora, meters, restart, stream, track, training, update
 from cranium.config import Loss, Optimiser, Pretrain, Stream
 from cranium.dinov2.method import DINOv2, Student, parameter_groups
 from cranium.dinov2.schedules import scaled_momentum
@@ -134,9 +134,11 @@ def looped(
             folder, torch.device("cpu"), 1, corpus, stream.order(Stream(lanes=4, window=3), 8, 0), journal
         )
         batches = iter([dataclasses.replace(batch(), step=number) for number in range(8)])
-        captured = training._loop(
-            spec, method, optimiser, batches, position, run, clock := training.Stopwatch()
+        clock, meter = (
+            training.Stopwatch(),
+            training._meter(spec, dict.fromkeys(meters.WORKER, "x"), 0, 1, folder / "journal"),
         )
+        captured = training._loop(spec, method, optimiser, batches, position, run, clock, meter)
     assert clock.spent["step"] > 0.9 * sum(clock.spent.values()) - clock.spent["data_wait"] > 0
     return captured, position, saved, [dict(e.metrics) for e in track.read_journal(folder / "journal")]
 

@@ -46,6 +46,11 @@ def failed(cell: Path, reason: str) -> None:
     store.write_atomic(cell / FAILURE, json.dumps({"reason": reason}))
 
 
+def broken(cells: Iterable[Path]) -> int:
+    """How many of these, which are not done, have failed."""
+    return sum((cell / FAILURE).is_file() for cell in cells)
+
+
 def mended(cells: Iterable[Path]) -> None:
     """Take back what was said of cells that are done by now."""
     for cell in cells:
@@ -61,11 +66,11 @@ def of(root: Path, sweep: Artefact) -> Progress | None:
         return None
     since = _running_since(root, sweep)
     ended = [manifest.stat().st_mtime for cell in cells if (manifest := cell / store.MANIFEST).is_file()]
-    broken = sum((cell / FAILURE).is_file() and not Artefact(cell).done for cell in cells)
+    lost = broken(cell for cell in cells if not Artefact(cell).done)
     left, eta = len(cells) - len(ended), None
     if since is not None and (lately := sum(at >= since for at in ended)):
         eta = left * (time.time() - since) / lately
-    return Progress(len(ended), broken, left - broken, since is not None, eta)
+    return Progress(len(ended), lost, left - lost, since is not None, eta)
 
 
 def _running_since(root: Path, sweep: Artefact) -> float | None:

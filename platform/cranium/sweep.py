@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import itertools
 import json
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any
 
-from cranium import adapt, checkpoint, leakage, progress, segmenting, store, tuning
+from cranium import adapt, checkpoint, leakage, meters, progress, segmenting, store, tuning
 from cranium.config import (
     FROZEN,
     WITHOUT_BACKBONE,
@@ -268,7 +269,7 @@ def sweep(grid: Grid, exp: Experiment, tell: Tell | None = None) -> dict[str, st
         part = tuple(work for work in missing if (work.cell.adaptation in FROZEN) == frozen)
         failures |= _searched(grid, part, resources, tell)
         if part := tuple(work for work in part if work.folder.name not in failures):
-            failures |= _run(f"{grid.artefact.path.name}-{len(part)}", grid, part, resources, tell)
+            failures |= _run(exp.name, grid, part, resources, tell)
     for work in missing:
         if reason := failures.get(work.folder.name):
             progress.failed(work.folder, reason)
@@ -305,7 +306,7 @@ def _searched(grid: Grid, part: tuple[Work, ...], compute: Compute, tell: Tell |
 
 
 def _run(
-    name: str, grid: Grid, part: tuple[Work, ...], compute: Compute, tell: Tell | None
+    experiment: str, grid: Grid, part: tuple[Work, ...], compute: Compute, tell: Tell | None
 ) -> dict[str, str]:
     """Run these cells, each a trial with the resources of `compute`; name -> reason of those that failed."""
     import ray
@@ -314,13 +315,13 @@ def _run(
     threads = compute.threads or max(1, int(compute.cpus_per_worker))
     # In a tuple, so that it comes to a trial as a reference: read by each of them, 10,000 cells cost it 0.2 s.
     shared = (ray.put((part, dict(grid.folds))),)
-    trial = tune.with_parameters(_trial, shared=shared, threads=threads)
+    trial = tune.with_parameters(_trial, shared=shared, threads=threads, experiment=experiment)
     tuner = tune.Tuner(
         tune.with_resources(trial, {"cpu": compute.cpus_per_worker, "gpu": compute.gpus_per_worker}),
         param_space={"cell": tune.grid_search(list(range(len(part))))},
         tune_config=tune.TuneConfig(max_concurrent_trials=compute.num_workers, reuse_actors=True),
         run_config=tune.RunConfig(
-            name=f"{name}-tune",
+            name=f"{grid.artefact.path.name}-{len(part)}-tune",
             storage_path=str(grid.artefact.path.parent / ".tune"),
             verbose=0,
             failure_config=tune.FailureConfig(max_failures=1),
@@ -328,8 +329,13 @@ def _run(
     )
 
     def count() -> None:
+        missing = grid.missing
+        done, failed = len(grid.works) - len(missing), progress.broken(work.folder for work in missing)
+        labels = {"experiment": experiment, "run": grid.artefact.path.name}
+        for state, cells in {"done": done, "failed": failed, "missing": len(missing) - failed}.items():
+            meters.put("cranium_sweep_cells", cells, {**labels, "state": state})
         if tell:
-            tell(len(grid.works) - len(grid.missing), len(grid.works), "cells")
+            tell(done, len(grid.works), "cells")
 
     with repeatedly(count, 0.5):
         results = tuner.fit()
@@ -350,7 +356,7 @@ def _read(shared: Any) -> tuple[tuple[Work, ...], Mapping[str, Folds]]:
     return found
 
 
-def _trial(config: dict[str, Any], shared: tuple[Any], threads: int) -> None:
+def _trial(config: dict[str, Any], shared: tuple[Any], threads: int, experiment: str) -> None:
     import torch
 
     from ray import tune
@@ -359,9 +365,12 @@ def _trial(config: dict[str, Any], shared: tuple[Any], threads: int) -> None:
     works, folds = _read(shared[0])
     work = works[config["cell"]]
     cell = work.cell
+    labels, begun = {"experiment": experiment, "adaptation": cell.adaptation}, time.monotonic()
     try:
         scores = adapt.run_cell(work, folds[f"{cell.task}/{cell.scheme}/{cell.seed}"])
     except Exception as error:  # said at once, for who looks on
         progress.failed(work.folder, f"{type(error).__name__}: {error}")
+        meters.put("cranium_sweep_cell_failures_total", 1, labels)
         raise
+    meters.put("cranium_sweep_cell_seconds", time.monotonic() - begun, labels)
     tune.report({name: value for name, value in scores.items() if value is not None})
