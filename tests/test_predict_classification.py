@@ -21,7 +21,19 @@ from typer.testing import CliRunner
 
 import phantoms
 from cells import in_place
-from cranium import adapt, cli, embed, ingest, predict, probing, shardset, trained, trials, tuning, unseen
+from cranium import (
+    adapt,
+    cli,
+    embed,
+    finished_cell,
+    ingest,
+    new_scans,
+    predict,
+    probing,
+    search_trials,
+    shardset,
+    tuning,
+)
 from cranium.cards import Card
 from cranium.config import (
     Adaptation,
@@ -78,7 +90,7 @@ class Made:
 
     def cell(
         self, adaptation: Adaptation, init: str = "random", pool: str = "mean", keep: bool = True
-    ) -> trained.Trained:
+    ) -> finished_cell.Trained:
         """A finished cell; those that train a network attend where `pool` says so."""
         specs = {
             "linear": Probe(),
@@ -94,7 +106,7 @@ class Made:
         folder = self.machine.store / "adapt" / name
         folder.mkdir(parents=True, exist_ok=True)
         # What a search of the LoRA cell found: another rank than is declared.
-        (folder / trials.RECORD).write_text(json.dumps({"settings": {"rank": 4}}))
+        (folder / search_trials.RECORD).write_text(json.dumps({"settings": {"rank": 4}}))
         work = adapt.Work(
             Cell.model_validate(of),
             task,
@@ -106,7 +118,7 @@ class Made:
             start=tuning.Start(init, "vit_tiny_patch14", 0, ("cls", "patch_mean"), "replicate"),
         )
         adapt.run_cell(work, FOLDS)
-        return trained.find(self.machine.store, name)
+        return finished_cell.find(self.machine.store, name)
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +164,7 @@ def test_raw_scans_get_the_probabilities_that_the_cell_was_judged_by(
     made: Made, tmp_path: Path, adaptation: Adaptation, init: str, pool: str
 ) -> None:
     cell = made.cell(adaptation, init, pool)
-    spec = unseen.Spec(bids=made.few, card=str(made.card), out=tmp_path)
+    spec = new_scans.Spec(bids=made.few, card=str(made.card), out=tmp_path)
     done, refused = predict.predict(made.machine, cell, spec)
     assert not refused and [one.about["subject"] for one in done] == [WHOLE, LACKING]
     assert [" ".join(one.about["contrasts"]) for one in done] == ["T1w FLAIR", "T1w"]
@@ -196,9 +208,9 @@ def test_what_is_kept_of_a_probe_is_it_in_every_bit(tmp_path: Path, classes: int
     assert back.attention(bags)[:4].sum() == pytest.approx(1, abs=1e-6)
 
 
-def refusal(made: Made, cell: trained.Trained, out: Path, **asked: Any) -> UserError:
+def refusal(made: Made, cell: finished_cell.Trained, out: Path, **asked: Any) -> UserError:
     with pytest.raises(UserError) as caught:
-        predict.predict(made.machine, cell, unseen.Spec(out=out, **asked))
+        predict.predict(made.machine, cell, new_scans.Spec(out=out, **asked))
     return caught.value
 
 
@@ -216,7 +228,7 @@ def test_contrasts_that_the_cohort_never_has_together_are_refused(made: Made, tm
 def test_a_folder_of_a_session_is_read_by_the_names_of_its_files(made: Made, tmp_path: Path) -> None:
     cell, folder = made.cell("linear"), made.tree / f"sub-{WHOLE}"
     mask = made.tree / f"derivatives/masks/sub-{WHOLE}/anat/sub-{WHOLE}_T1w_mask.nii.gz"
-    ((one,), _) = predict.predict(made.machine, cell, unseen.Spec(session=folder, mask=mask, out=tmp_path))
+    ((one,), _) = predict.predict(made.machine, cell, new_scans.Spec(session=folder, mask=mask, out=tmp_path))
     assert one.path.name == f"sub-{WHOLE}_pred.json" and one.about["contrasts"] == ("T1w", "FLAIR")
     doubled = tmp_path / "doubled"
     for name in ("a_T1w.nii.gz", "b_T1w.nii.gz"):

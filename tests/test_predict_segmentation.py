@@ -13,7 +13,7 @@ import torch
 
 import phantoms
 from cells import in_place
-from cranium import embed, ingest, predict, restitch, segmenting, store, tokens, trained, unseen
+from cranium import embed, finished_cell, ingest, new_scans, predict, restitch, segmenting, store, tokens
 from cranium.cards import Card
 from cranium.config import Cell, Decoder, Experiment, Machine, Segmentation, UserError
 from cranium.store import Artefact
@@ -108,8 +108,8 @@ def test_a_scan_is_predicted_as_the_cell_predicted_it(
     made: tuple[Machine, Path, Artefact], tmp_path: Path
 ) -> None:
     machine, tree, cell = made
-    found = trained.find(machine.store, "00000000")
-    spec = unseen.Spec(scan={"T1w": scan_of(tree, "001")}, mask=mask_of(tree, "001"), out=tmp_path)
+    found = finished_cell.find(machine.store, "00000000")
+    spec = new_scans.Spec(scan={"T1w": scan_of(tree, "001")}, mask=mask_of(tree, "001"), out=tmp_path)
     ((one,), _) = predict.predict(machine, found, spec)
     path = tmp_path / one.about["files"]["map"]
     ours, theirs = nib.load(path), nib.load(cell.path / "maps" / "sub-001_dseg.nii.gz")
@@ -132,7 +132,9 @@ def test_a_bids_tree_gives_a_map_for_every_session(
 ) -> None:
     machine, tree, _ = made
     written, _ = predict.predict(
-        machine, trained.find(machine.store, "finding-00000000"), unseen.Spec(bids=tree, out=tmp_path)
+        machine,
+        finished_cell.find(machine.store, "finding-00000000"),
+        new_scans.Spec(bids=tree, out=tmp_path),
     )
     assert [one.about["files"]["map"] for one in written] == [f"00{n}_dseg.nii.gz" for n in (1, 2, 3)]
     assert len((tmp_path / predict.TABLE).read_text().splitlines()) == 4
@@ -140,11 +142,11 @@ def test_a_bids_tree_gives_a_map_for_every_session(
 
 def test_what_does_not_fit_is_refused(made: tuple[Machine, Path, Artefact], tmp_path: Path) -> None:
     machine, tree, _ = made
-    found, scan = trained.find(machine.store, "00000000"), scan_of(tree, "001")
+    found, scan = finished_cell.find(machine.store, "00000000"), scan_of(tree, "001")
 
     def refused(**spec: Any) -> str:
         with pytest.raises(UserError) as caught:
-            predict.predict(machine, found, unseen.Spec(out=tmp_path, **spec))
+            predict.predict(machine, found, new_scans.Spec(out=tmp_path, **spec))
         return f"{caught.value.code}: {caught.value}"
 
     assert refused(scan={"T2w": scan}).startswith("CONTRASTS") and "scan.T1w=FILE" in refused(
@@ -154,7 +156,7 @@ def test_what_does_not_fit_is_refused(made: tuple[Machine, Path, Artefact], tmp_
     (tmp_path / "cut.nii.gz").write_bytes(scan.read_bytes()[:-100])
     assert "GZ_TRUNCATED" in refused(scan={"T1w": tmp_path / "cut.nii.gz"})
     with pytest.raises(UserError, match="names 0 finished cells"):
-        trained.find(machine.store, "ffffffff")
+        finished_cell.find(machine.store, "ffffffff")
     found.embedded["source"]["sha256"] = "0"
     with pytest.raises(UserError, match="these are None"):
-        predict.predict(machine, found, unseen.Spec(scan={"T1w": scan}, out=tmp_path))
+        predict.predict(machine, found, new_scans.Spec(scan={"T1w": scan}, out=tmp_path))

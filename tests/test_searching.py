@@ -14,9 +14,9 @@ import pytest
 from pydantic import ValidationError
 
 import searches
-from cranium import adapt, report_search, searching, sessions, store, trials, tuning
+from cranium import adapt, report_search, search_trials, searching, sessions, store, tuning
 from cranium.config import Finetune, Lora, UserError
-from cranium.trials import Trial
+from cranium.search_trials import Trial
 from searches import SPEC, cohort, folds, kept, played, work
 
 # ---- what can be asked for ------------------------------------------------------------------------------------------
@@ -92,7 +92,7 @@ def calm(home: adapt.Cohort, tmp_path_factory: pytest.TempPathFactory) -> list[a
 
 def test_every_initialisation_gets_the_same_budget_and_a_winner_of_its_own(calm: list[adapt.Work]) -> None:
     records = [json.loads(kept(one)["search.json"]) for one in calm]
-    tried = [[trials.read(one.folder, n) for n in range(5)] for one in calm]
+    tried = [[search_trials.read(one.folder, n) for n in range(5)] for one in calm]
     assert [r["trials"] for r in records] == [5, 5] and all(len(kept(one)) == 6 for one in calm)
     declared = {"blr": 5e-3, "epochs": 4, "drop_path": 0.2}
     assert all(of[0] and of[0].settings == declared for of in tried)  # the recipe is the first trial
@@ -112,7 +112,7 @@ def test_asha_ends_trials_by_the_rule_of_its_paper(calm: list[adapt.Work]) -> No
     for one in calm:
         rungs: dict[float, list[float]] = {30.0: [], 60.0: []}
         for number in range(5):
-            trial = trials.read(one.folder, number)
+            trial = search_trials.read(one.folder, number)
             assert trial
             epochs, length = SPEC.with_settings(trial.settings).epochs, 0
             passed: set[float] = set()
@@ -166,7 +166,7 @@ def test_killed_and_begun_again_it_goes_the_same_way(
         with pytest.raises(searches.Killed):
             played([one], of, die_after=after)
         assert searching.wanted(one, of)
-    over = sum(trials.read(one.folder, n) == trials.read(calm[0].folder, n) for n in range(5))
+    over = sum(search_trials.read(one.folder, n) == search_trials.read(calm[0].folder, n) for n in range(5))
     fitted, learn = [], adapt.learn
 
     def counted(*rest: Any) -> tuning.Tuned:
@@ -221,11 +221,11 @@ def test_a_trial_that_diverges_is_the_worst_and_costs_nobody_else(
 
     monkeypatch.setattr(adapt, "learn", fragile)
     played([one], folds(home))
-    found = [trials.read(one.folder, n) for n in range(5)]
+    found = [search_trials.read(one.folder, n) for n in range(5)]
     record = json.loads(kept(one)["search.json"])
     assert record["diverged"] == sum(t is not None and t.settings["epochs"] < 4 for t in found) > 0  # type: ignore[operator]
     assert record["settings"]["epochs"] >= 4
-    assert {t.score() for t in found if t and t.diverged} == {trials.WORST}
+    assert {t.score() for t in found if t and t.diverged} == {search_trials.WORST}
 
 
 def test_where_nobody_can_be_spared_what_is_declared_stands(home: adapt.Cohort, tmp_path: Path) -> None:
@@ -251,14 +251,14 @@ def test_a_trial_that_fails_closes_its_cell_until_the_next_time(home: adapt.Coho
     assert (first["cell"], second["cell"]) == (0, 1) and cells.suggest("c") is None  # one at a time
     cells.on_trial_complete("a", error=True)
     assert cells.suggest("d") is None and cells.left == [0, 4]
-    assert not trials.concluded(works[0].folder)
+    assert not search_trials.concluded(works[0].folder)
 
 
 def test_equal_areas_are_told_apart_by_the_loss_and_unequal_ones_never() -> None:
     better, worse = Trial({}, ((0.75, 0.2),)), Trial({}, ((0.75, 0.9),))
     assert better.score() > worse.score()
     assert Trial({}, ((0.76, -math.log(1e-12)),)).score() > Trial({}, ((0.75, 0.0),)).score()
-    assert Trial({}, ((0.9, 0.1),), "diverged").score() == trials.WORST == Trial({}).score()
+    assert Trial({}, ((0.9, 0.1),), "diverged").score() == search_trials.WORST == Trial({}).score()
     assert (
         Trial({}, ((0.5, 1.0), (0.9, 0.1), (0.4, 2.0))).score(1) < Trial({}, ((0.5, 1.0), (0.9, 0.1))).score()
     )

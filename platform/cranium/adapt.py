@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from cranium import probing, segmenting, sessions, store, trials, tuning, volumes
+from cranium import probing, search_trials, segmenting, sessions, store, tuning, volumes
 from cranium.cards import Label
 from cranium.config import (
     WITHOUT_BACKBONE,
@@ -247,7 +247,7 @@ def _learnt(work: Work, train: pd.DataFrame, judged: Sequence[Judged]) -> tuple[
     match work.spec:
         case Finetune() as declared:
             can_select = bool(tuning.hold_out(train, declared.validation, cell.seed))
-            spec, search = trials.settled(declared, work.folder, can_select)
+            spec, search = search_trials.settled(declared, work.folder, can_select)
             tuned = learn(work, spec, train)
             curve = tuned.curve
             notes = {

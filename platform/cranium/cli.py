@@ -416,14 +416,14 @@ def predict(
     def work() -> Outcome:
         from rich.console import Console
 
+        from cranium import finished_cell, new_scans
         from cranium import predict as stage
-        from cranium import trained, unseen
         from cranium.study import bar
 
         facts, own = parted(settings or ())
-        spec = reading.validated(unseen.Spec, reading.nested(own), "predict")
+        spec = reading.validated(new_scans.Spec, reading.nested(own), "predict")
         machine = reading.load_machine(facts)
-        made = trained.find(machine.store, run)
+        made = finished_cell.find(machine.store, run)
         with bar(Console(stderr=True), "predict") as tell:
             done, refused = stage.predict(machine, made, spec, tell)
         stage.show(made, done, refused, spec, Console(highlight=False))
@@ -526,7 +526,7 @@ def track(
     def work() -> Outcome:
         from rich.console import Console
 
-        from cranium import moving
+        from cranium import track_move
         from cranium.study import bar
         from cranium.track import TrackingError
 
@@ -538,7 +538,7 @@ def track(
             )
         try:
             with bar(Console(highlight=False), "move") as tell:
-                counts = moving.move(source, machine.tracking, tell)
+                counts = track_move.move(source, machine.tracking, tell)
         except TrackingError as error:
             raise UserError("TRACKING", f"{error}; the same command goes on from here", 1) from error
         print(f"{counts['moved']} runs moved to {machine.tracking}, {counts['there']} were there already")

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cranium import progress, store
+from cranium import store, sweep_progress
 from cranium.config import (
     FROZEN,
     Adaptation,
@@ -257,7 +257,7 @@ def _groupings(study: Study, sets: Mapping[str, Artefact]) -> tuple[str, ...]:
     return tuple(possible)
 
 
-def _said(far: progress.Progress) -> str:
+def _said(far: sweep_progress.Progress) -> str:
     said = f"{far.done} of {far.cells} cells done, {far.failed} failed, {far.missing} missing"
     eta = f", ETA {clock(far.eta)}" if far.eta is not None else ""
     return f"running, {said}{eta}" if far.running else said
@@ -289,7 +289,7 @@ def status(exp: Experiment, machine: Machine) -> list[tuple[str, str, str]]:
         for path in sorted(folder.iterdir()) if folder.is_dir() else ():
             if path.is_dir() and path.name.startswith(prefixes[stage]):
                 state = "done" if Artefact(path).done else "begun"
-                if stage == "sweep" and (far := progress.of(machine.store, Artefact(path))):
+                if stage == "sweep" and (far := sweep_progress.of(machine.store, Artefact(path))):
                     state = f"{state}: {_said(far)}"
                 found.append((stage, path.name, "forgotten" if (path / store.TOMBSTONE).exists() else state))
     return found

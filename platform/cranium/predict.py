@@ -1,6 +1,6 @@
 """Scans and a finished cell -> class probabilities or a label map of each, a picture, and where it is from.
 
-A scan goes the way of ingest with the preprocessing that the cell was trained on (`unseen.py`), then through the
+A scan goes the way of ingest with the preprocessing that the cell was trained on (`new_scans.py`), then through the
 weights it learnt with and what it learnt. In a tree what does not fit is left out and told, and all else is done.
 """
 
@@ -17,11 +17,11 @@ import rich.box
 import rich.console
 import rich.table
 
-from cranium import predict_classification, predict_segmentation, store, unseen
+from cranium import new_scans, predict_classification, predict_segmentation, store
 from cranium.config import Machine, UserError
 from cranium.figures.page import Table
-from cranium.trained import Trained
-from cranium.unseen import Refused, Seen, Spec
+from cranium.finished_cell import Trained
+from cranium.new_scans import Refused, Seen, Spec
 
 TABLE = "predictions.csv"
 SUFFIX = {"segmentation": "dseg", "classification": "pred"}
@@ -50,7 +50,7 @@ def predict(
     What a tree holds and does not fit is told, not predicted; where nothing fits, and of scans that are named one by
     one, it is raised: `UserError(CONTRASTS | REJECTED | WEIGHTS | NO_HEAD | ...)`.
     """
-    wanted, refused = unseen.asked(made, spec)
+    wanted, refused = new_scans.asked(made, spec)
     match made.manifest["task"]["task"]:
         case "segmentation":
             model: Any = predict_segmentation.Model(made, machine)
@@ -62,7 +62,7 @@ def predict(
         tell(number, len(wanted), session["subject"])
         with tempfile.TemporaryDirectory() as work:
             try:
-                seen = unseen.read(made, machine, session, Path(work))
+                seen = new_scans.read(made, machine, session, Path(work))
             except UserError as error:
                 if not spec.bids or error.code != "REJECTED":
                     raise

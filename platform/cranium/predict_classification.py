@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cranium import adapt, embed, probing, sessions, store, trained, tuning, unseen
+from cranium import adapt, embed, finished_cell, new_scans, probing, sessions, store, tuning
 from cranium.config import (
     Adaptation,
     Attention,
@@ -24,8 +24,8 @@ from cranium.config import (
     UserError,
 )
 from cranium.figures import contact
+from cranium.finished_cell import Trained
 from cranium.models.attend import AttentionProbe, Bags
-from cranium.trained import Trained
 
 Array = NDArray[Any]
 # How each adaptation's settings are read from a manifest.
@@ -65,7 +65,7 @@ class Model:
             return Network(self.made, machine, self.task, spec, head)
         return Features(self.made, machine, self.task, spec, head)
 
-    def predict(self, seen: unseen.Seen, out: Path) -> dict[str, Any]:
+    def predict(self, seen: new_scans.Seen, out: Path) -> dict[str, Any]:
         """Write `<name>_slices.png` into `out`; what the JSON says."""
         found = self.judge(seen)
         named = dict(zip(self.task.classes, found.probabilities.tolist(), strict=True))
@@ -87,7 +87,7 @@ class Model:
             "attention": None if found.attention is None else found.attention.tolist(),
             "head_sha256": self.head_sha256,
             "files": {"picture": picture.name},
-            **trained.provenance(self.made, self.judge.source),
+            **finished_cell.provenance(self.made, self.judge.source),
         }
 
 
@@ -114,10 +114,10 @@ class Features:
         self.about, self.task, self.source = made.embedded, task, made.embedded["source"]
         self.shown = made.shown
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.backbone = trained.backbone(made, machine).to(self.device).eval()
+        self.backbone = finished_cell.backbone(made, machine).to(self.device).eval()
         self.probe = probing.load(spec, head)
 
-    def __call__(self, seen: unseen.Seen) -> Judged:
+    def __call__(self, seen: new_scans.Seen) -> Judged:
         parts = [
             embed.encode(
                 self.backbone,
@@ -144,7 +144,7 @@ class Network:
     ) -> None:
         begun = dict(made.manifest["start"])
         self.spec, self.source, self.shown = spec, begun.pop("source"), made.shown
-        before = trained.pretrained(made, self.source) if self.source else None
+        before = finished_cell.pretrained(made, self.source) if self.source else None
         self.start = tuning.Start(
             **(begun | {"features": tuple(begun["features"])}),
             weights=machine.weights,
@@ -159,10 +159,10 @@ class Network:
             seed=made.manifest["cell"]["seed"],
         )
         if self.source:
-            trained.require_same(self.source, found)
+            finished_cell.require_same(self.source, found)
         tuning.load(self.model, head)
 
-    def __call__(self, seen: unseen.Seen) -> Judged:
+    def __call__(self, seen: new_scans.Seen) -> Judged:
         used = sessions.spread(len(seen.stacks), self.spec.max_slices)
         stacks = seen.filled(seen.stacks[used], self.start.fill, self.shown)
         probabilities, attention = tuning.judged(self.model, stacks, self.spec)

@@ -11,10 +11,10 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file
 
-from cranium import restitch, segmenting, store, tokens, trained, unseen
+from cranium import finished_cell, new_scans, restitch, segmenting, store, tokens
 from cranium.config import Cell, Decoder, Machine
 from cranium.figures import overlay
-from cranium.trained import Trained
+from cranium.finished_cell import Trained
 
 BATCH = 16  # slices in one forward pass
 
@@ -25,7 +25,7 @@ class Model:
     def __init__(self, made: Trained, machine: Machine) -> None:
         self.made, manifest = made, made.manifest
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.backbone = trained.backbone(made, machine).to(self.device)
+        self.backbone = finished_cell.backbone(made, machine).to(self.device)
         shape, self.depths = made.embedded["shape"], made.embedded["depths"]
         self.pixels = int(made.embedded["pixels"])
         cell, spec = Cell.model_validate(manifest["cell"]), Decoder.model_validate(manifest["decoder"])
@@ -33,7 +33,7 @@ class Model:
         self.decoder.load_state_dict(load_file(made.cell.path / segmenting.DECODER))
         self.decoder.to(self.device).eval()
 
-    def predict(self, seen: unseen.Seen, out: Path) -> dict[str, Any]:
+    def predict(self, seen: new_scans.Seen, out: Path) -> dict[str, Any]:
         """Write `<name>_dseg.nii.gz` and its PNG into `out`; what its JSON says."""
         probabilities = self.probabilities(seen)
         at = restitch.place(seen.row)
@@ -51,10 +51,10 @@ class Model:
             "on_voxels_of": at.channel,
             "head_sha256": store.sha256(self.made.cell.path / segmenting.DECODER),
             "files": {"map": path.name, "picture": picture.name},
-            **trained.provenance(self.made, self.made.embedded["source"]),
+            **finished_cell.provenance(self.made, self.made.embedded["source"]),
         }
 
-    def probabilities(self, seen: unseen.Seen) -> NDArray[np.float32]:
+    def probabilities(self, seen: new_scans.Seen) -> NDArray[np.float32]:
         """Class probabilities [K, n, H, W] of a session's slices."""
         stacks = seen.filled(seen.stacks, self.made.embedded["fill"]).numpy()
         found = tokens.encode(self.backbone, stacks, self.depths, BATCH, self.device)

@@ -2,7 +2,7 @@
 
 Trials of one cell come one after another, those of different cells side by side. So what a cell tries follows from
 its own subjects and seed alone, on any number of workers, and a search that was killed and is asked for again goes the
-same way: a trial whose epochs are on disk (`trials.py`) tells them instead of training.
+same way: a trial whose epochs are on disk (`search_trials.py`) tells them instead of training.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
-from cranium import adapt, trials, tuning
+from cranium import adapt, search_trials, tuning
 from cranium.config import Compute, Finetune, Range, Search, UserError
-from cranium.trials import Settings, Trial
+from cranium.search_trials import Settings, Trial
 from cranium.watch import repeatedly
 from ray import tune
 
@@ -35,7 +35,7 @@ SCORE, PROGRESS = "score", "progress"
 
 def wanted(work: adapt.Work, folds: Folds) -> bool:
     """Whether a cell has a search before it: one is asked for, not over, and somebody can be held out to select by."""
-    if not isinstance(work.spec, Finetune) or not work.spec.search or trials.concluded(work.folder):
+    if not isinstance(work.spec, Finetune) or not work.spec.search or search_trials.concluded(work.folder):
         return False
     train = adapt.learnt_from(work, folds)
     return bool(tuning.hold_out(train, work.spec.validation, work.cell.seed))
@@ -82,7 +82,9 @@ def search(
         if result.error and result.config
     }
     return {
-        work.folder.name: "its search ended early" for work in works if not trials.concluded(work.folder)
+        work.folder.name: "its search ended early"
+        for work in works
+        if not search_trials.concluded(work.folder)
     } | failures
 
 
@@ -138,7 +140,7 @@ class Cells(Searcher):  # type: ignore[misc]
         self.studies[cell].on_trial_complete(trial_id, result)
         self.ended += 1
         if not self.left[cell]:
-            trials.conclude(self.works[cell].folder, _searched(self.works[cell]))
+            search_trials.conclude(self.works[cell].folder, _searched(self.works[cell]))
 
     def save(self, checkpoint_path: str) -> None: ...
 
@@ -215,7 +217,7 @@ def attempt(work: adapt.Work, folds: Folds, number: int, settings: Settings, rep
     Epochs that were kept before are reported first, and are not kept anew when the fit comes by them again.
     """
     spec = _searched(work).with_settings(settings)
-    trial = trials.read(work.folder, number) or Trial(settings)
+    trial = search_trials.read(work.folder, number) or Trial(settings)
     if (
         trial.settings != settings
     ):  # of another past: its search had other weights or another machine below it
@@ -223,7 +225,7 @@ def attempt(work: adapt.Work, folds: Folds, number: int, settings: Settings, rep
     for epoch in range(1, len(trial.curve) + 1):
         report(100 * epoch / spec.epochs, trial.score(epoch))
     if trial.diverged:
-        report(100, trials.WORST)
+        report(100, search_trials.WORST)
     if trial.diverged or len(trial.curve) == spec.epochs:
         return
     done = 0
@@ -233,7 +235,7 @@ def attempt(work: adapt.Work, folds: Folds, number: int, settings: Settings, rep
         done += 1
         if done > len(trial.curve):
             trial = Trial(settings, (*trial.curve, (auroc, loss)))
-            trials.write(work.folder, number, trial)
+            search_trials.write(work.folder, number, trial)
             report(100 * done / spec.epochs, trial.score())
 
     train = adapt.learnt_from(work, folds)
@@ -242,5 +244,5 @@ def attempt(work: adapt.Work, folds: Folds, number: int, settings: Settings, rep
     except UserError as error:
         if error.code != "LOSS":
             raise
-        trials.write(work.folder, number, Trial(settings, trial.curve, str(error)))
-        report(100, trials.WORST)
+        search_trials.write(work.folder, number, Trial(settings, trial.curve, str(error)))
+        report(100, search_trials.WORST)

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any
 
-from cranium import adapt, checkpoint, leakage, meters, progress, segmenting, store, tuning
+from cranium import adapt, checkpoint, leakage, meters, segmenting, store, sweep_progress, tuning
 from cranium.config import (
     FROZEN,
     WITHOUT_BACKBONE,
@@ -262,7 +262,7 @@ def sweep(grid: Grid, exp: Experiment, tell: Tell | None = None) -> dict[str, st
     Cells that fail leave the others alone, and are tried again next time; the grid is committed once it is whole.
     """
     assert exp.sweep
-    progress.announce(grid.artefact, (work.folder for work in grid.works))
+    sweep_progress.announce(grid.artefact, (work.folder for work in grid.works))
     missing, compute = grid.missing, exp.sweep.compute
     failures: dict[str, str] = {}
     for frozen, resources in ((True, compute), (False, compute.tuned)):
@@ -272,8 +272,8 @@ def sweep(grid: Grid, exp: Experiment, tell: Tell | None = None) -> dict[str, st
             failures |= _run(exp.name, grid, part, resources, tell)
     for work in missing:
         if reason := failures.get(work.folder.name):
-            progress.failed(work.folder, reason)
-    progress.mended(work.folder for work in missing)
+            sweep_progress.failed(work.folder, reason)
+    sweep_progress.mended(work.folder for work in missing)
     if not failures and (missing or not grid.artefact.done):
         store.write_atomic(
             grid.artefact.path / "splits.json", json.dumps(grid.folds, indent=1, sort_keys=True)
@@ -330,7 +330,7 @@ def _run(
 
     def count() -> None:
         missing = grid.missing
-        done, failed = len(grid.works) - len(missing), progress.broken(work.folder for work in missing)
+        done, failed = len(grid.works) - len(missing), sweep_progress.broken(work.folder for work in missing)
         labels = {"experiment": experiment, "run": grid.artefact.path.name}
         for state, cells in {"done": done, "failed": failed, "missing": len(missing) - failed}.items():
             meters.put("cranium_sweep_cells", cells, {**labels, "state": state})
@@ -369,7 +369,7 @@ def _trial(config: dict[str, Any], shared: tuple[Any], threads: int, experiment:
     try:
         scores = adapt.run_cell(work, folds[f"{cell.task}/{cell.scheme}/{cell.seed}"])
     except Exception as error:  # said at once, for who looks on
-        progress.failed(work.folder, f"{type(error).__name__}: {error}")
+        sweep_progress.failed(work.folder, f"{type(error).__name__}: {error}")
         meters.put("cranium_sweep_cell_failures_total", 1, labels)
         raise
     meters.put("cranium_sweep_cell_seconds", time.monotonic() - begun, labels)

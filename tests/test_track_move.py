@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from cranium import cli, moving, track
+from cranium import cli, track, track_move
 from cranium.track import Journal, Tracker
 
 STEPS = 1200  # more points than one batch takes
@@ -62,7 +62,7 @@ def content(uri: str, name: str = "study") -> dict[str, Any]:
     names = {run.info.run_id: run.info.run_name for run in runs}
     found = {}
     for run in runs:
-        tags = {k: v for k, v in run.data.tags.items() if k not in (moving.MOVED, moving.WHOLE)}
+        tags = {k: v for k, v in run.data.tags.items() if k not in (track_move.MOVED, track_move.WHOLE)}
         if track.PARENT in tags:
             tags[track.PARENT] = names[tags[track.PARENT]]
         points = {
@@ -72,23 +72,23 @@ def content(uri: str, name: str = "study") -> dict[str, Any]:
         }
         files = {item.path: item.file_size for item in client.list_artifacts(run.info.run_id)}
         times = (run.info.start_time, run.info.end_time, run.info.status)
-        old = run.data.tags.get(moving.MOVED, run.info.run_id)
+        old = run.data.tags.get(track_move.MOVED, run.info.run_id)
         found[old] = (tags, dict(run.data.params), points, files, times)
     return found
 
 
 def test_a_moved_run_is_the_same_run(laptop: str, server: str) -> None:
     before = content(laptop)
-    assert moving.move(laptop, server, quiet) == {"moved": 4, "there": 0}
+    assert track_move.move(laptop, server, quiet) == {"moved": 4, "there": 0}
     assert content(server) == before == content(laptop)
     points = next(found[2] for found in before.values() if found[3])
     assert len(points) == STEPS
 
 
 def test_a_second_move_moves_what_is_new(laptop: str, server: str) -> None:
-    moving.move(laptop, server, quiet)
+    track_move.move(laptop, server, quiet)
     Tracker(laptop, "study").run("pretrain/y", "later", {"stage": "pretrain"})
-    assert moving.move(laptop, server, quiet) == {"moved": 1, "there": 4}
+    assert track_move.move(laptop, server, quiet) == {"moved": 1, "there": 4}
     assert content(server) == content(laptop)
 
 
@@ -105,8 +105,8 @@ def test_a_move_that_was_cut_goes_on(laptop: str, server: str, monkeypatch: pyte
     with monkeypatch.context() as patch:
         patch.setattr(Tracker, "send", cut)
         with pytest.raises(track.TrackingError, match="the server is gone"):
-            moving.move(laptop, server, quiet)
-    moving.move(laptop, server, quiet)
+            track_move.move(laptop, server, quiet)
+    track_move.move(laptop, server, quiet)
     assert content(server) == content(laptop)
 
 
@@ -114,7 +114,7 @@ def test_a_run_whose_journal_was_sent_there_is_not_doubled(laptop: str, server: 
     tracker = Tracker(server, "study")
     run = tracker.run("pretrain/x", "pretrain x", {"stage": "pretrain"})
     tracker.replay(run, tmp_path / "journal")
-    moving.move(laptop, server, quiet)
+    track_move.move(laptop, server, quiet)
     found = content(server)
     assert len(found) == 4 and len(next(one[2] for one in found.values() if one[3])) == STEPS
     # and what is computed later finds the moved run by its key

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cranium import inventory, progress, store
+from cranium import inventory, store, sweep_progress
 from cranium.config import Machine
 from cranium.store import Artefact
 from test_sweep import experiment
@@ -17,7 +17,7 @@ from test_sweep import experiment
 @pytest.fixture
 def sweep(tmp_path: Path) -> Artefact:
     made = Artefact(tmp_path / "sweep" / "grid-0badcafe")
-    progress.announce(made, (tmp_path / "adapt" / f"cell-{n}" for n in range(5)))
+    sweep_progress.announce(made, (tmp_path / "adapt" / f"cell-{n}" for n in range(5)))
     return made
 
 
@@ -32,15 +32,15 @@ def test_failed_cells_are_told_apart_from_missing_ones_until_they_are_done(
 ) -> None:
     cells = [tmp_path / "adapt" / f"cell-{n}" for n in range(5)]
     commit(tmp_path, 0)
-    progress.failed(cells[1], "ValueError: no")
+    sweep_progress.failed(cells[1], "ValueError: no")
     (cells[2] / "search").mkdir(parents=True)  # begun, then killed
-    assert progress.of(tmp_path, sweep) == progress.Progress(1, 1, 3, False, None)
-    assert '"ValueError: no"' in (cells[1] / progress.FAILURE).read_text()
+    assert sweep_progress.of(tmp_path, sweep) == sweep_progress.Progress(1, 1, 3, False, None)
+    assert '"ValueError: no"' in (cells[1] / sweep_progress.FAILURE).read_text()
     commit(tmp_path, 1)  # and the process died before it could tidy up
-    assert progress.of(tmp_path, sweep) == progress.Progress(2, 0, 3, False, None)
-    progress.mended(cells)
-    assert not (cells[1] / progress.FAILURE).exists()
-    assert progress.of(tmp_path, Artefact(tmp_path / "sweep" / "another-00000000")) is None
+    assert sweep_progress.of(tmp_path, sweep) == sweep_progress.Progress(2, 0, 3, False, None)
+    sweep_progress.mended(cells)
+    assert not (cells[1] / sweep_progress.FAILURE).exists()
+    assert sweep_progress.of(tmp_path, Artefact(tmp_path / "sweep" / "another-00000000")) is None
 
 
 def test_who_holds_the_lock_is_running_and_its_pace_gives_the_time_left(
@@ -59,17 +59,17 @@ def test_who_holds_the_lock_is_running_and_its_pace_gives_the_time_left(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": path}
     ) as holder:
         assert holder.stdout and holder.stdout.readline() == b"1\n"
-        begun = progress.of(tmp_path, sweep)
+        begun = sweep_progress.of(tmp_path, sweep)
         assert begun and begun.running and begun.eta is None  # nothing done yet by this one
         since = time.time() - 60
         os.utime(store.lock_file(tmp_path, sweep.id), (since, since))
         commit(tmp_path, 1)
         commit(tmp_path, 2)
-        going = progress.of(tmp_path, sweep)
+        going = sweep_progress.of(tmp_path, sweep)
         assert going and going.done == 3 and going.eta == pytest.approx(60, abs=5)  # 2 in a minute, 2 left
         (line,) = inventory.status(experiment(), Machine(store=tmp_path))
         assert line[:2] == ("sweep", "grid-0badcafe")
         assert line[2].startswith("begun: running, 3 of 5 cells done, 0 failed, 2 missing, ETA ")
         holder.communicate(b"\n")
-    ended = progress.of(tmp_path, sweep)
+    ended = sweep_progress.of(tmp_path, sweep)
     assert ended and not ended.running and ended.eta is None

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from cranium import cards, cohort, conform, provisions, sessions
 from cranium.config import Fill, Frozen, Machine, UserError
-from cranium.trained import Trained
+from cranium.finished_cell import Trained
 from cranium.volume import shard
 
 # sub-1_ce-gad_T1w.nii.gz or T1w.nii
