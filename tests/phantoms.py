@@ -27,6 +27,17 @@ INTENSITIES = {  # of TISSUES, arbitrary units
     "FLAIR": (0, 600, 100, 650, 450, 1000),
     "T1ce": (0, 900, 150, 520, 820, 990),
 }
+# Settings of stages that suit them: an ingest and a pretraining of seconds.
+COARSE: dict[str, Any] = {"size": 56, "spacing_mm": 4.0, "slice_spacing_mm": 8.0, "align": "none"}
+PRETRAIN: dict[str, Any] = {
+    "cohorts": ["ssl"],
+    "inits": ["scratch"],
+    "arch": "vit_tiny_patch14",
+    "batch_size": 8,
+    "crops": {"global_size": 56, "local_size": 28, "num_local": 2},
+    "loss": {"prototypes": 64, "head_hidden": 64, "head_bottleneck": 32},
+    "precision": "fp32",
+}
 RADII_MM = (62.0, 80.0, 55.0)  # of the brain: left-right, front-back, up-down
 
 
@@ -174,6 +185,19 @@ def bids_tree(
     description = {"Name": cohort, "BIDSVersion": "1.9.0", "DatasetType": "raw"}
     (folder / "dataset_description.json").write_text(json.dumps(description))
     return folder
+
+
+def t1w_tree(root: Path, subjects: int) -> Path:
+    """`root/sub-NNN/anat` with one T1w scan each, all of one head and small, and their participants.tsv."""
+    grid = affine()
+    labels = tissues(head(0), (44, 52, 40), grid)
+    rows = ["participant_id\tage\tsex\tsite\thead\tcondition"]
+    for number in range(subjects):
+        name = f"sub-{number:03}"
+        write(root / name / "anat" / f"{name}_T1w.nii.gz", intensities(labels, "T1w", number), grid)
+        rows.append(f"{name}\t60\tF\ts\th\tcontrol")
+    (root / "participants.tsv").write_text("\n".join(rows) + "\n")
+    return root
 
 
 def _write_scan(

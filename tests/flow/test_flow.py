@@ -31,25 +31,9 @@ PAIRS = ("external+ssl", "external+test", "external+train", "ssl+test", "test+tr
 EXPERIMENT = {
     "name": "tiny",
     "asks": "does the path hold?",
-    "ingest": {
-        "cohorts": ["ssl", "home", "away"],
-        "size": 56,
-        "spacing_mm": 4.0,
-        "slice_spacing_mm": 8.0,
-        "align": "none",
-    },
+    "ingest": {"cohorts": ["ssl", "home", "away"], **phantoms.COARSE},
     "stream": {"lanes": 4, "window": 3},
-    "pretrain": {
-        "cohorts": ["ssl"],
-        "inits": ["scratch"],
-        "arch": "vit_tiny_patch14",
-        "steps": 30,
-        "batch_size": 8,
-        "crops": {"global_size": 56, "local_size": 28, "num_local": 2},
-        "loss": {"prototypes": 64, "head_hidden": 64, "head_bottleneck": 32},
-        "precision": "fp32",
-        "compute": {"checkpoint_every": 5, "log_every": 1},
-    },
+    "pretrain": {**phantoms.PRETRAIN, "steps": 30, "compute": {"checkpoint_every": 5, "log_every": 1}},
     "adapt": {
         "tasks": [
             {

@@ -58,15 +58,7 @@ def slurm(tmp_path: Path) -> dict[str, str]:
 
 @pytest.fixture
 def raw(tmp_path: Path) -> Path:
-    root = tmp_path / "raw" / "phantom"
-    grid = phantoms.affine()
-    labels = phantoms.tissues(phantoms.head(0), (44, 52, 40), grid)
-    for number in range(SCANS):
-        path = root / f"sub-{number:03}" / "anat" / f"sub-{number:03}_T1w.nii.gz"
-        phantoms.write(path, phantoms.intensities(labels, "T1w", number), grid)
-    rows = ["participant_id\tage\tsex\tsite\thead\tcondition"]
-    rows += [f"sub-{number:03}\t60\tF\ts\th\tcontrol" for number in range(SCANS)]
-    (root / "participants.tsv").write_text("\n".join(rows) + "\n")
+    root = phantoms.t1w_tree(tmp_path / "raw" / "phantom", SCANS)
     phantoms.write_card(root.parent / "datasets", contrasts=("T1w",))
     return root
 

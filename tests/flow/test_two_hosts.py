@@ -42,14 +42,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("study")
     (folder / "pyproject.toml").touch()
     phantoms.write_card(folder / "datasets", "many", contrasts=("T1w",))
-    root, grid = folder / "raw" / "many", phantoms.affine()
-    labels = phantoms.tissues(phantoms.head(0), (44, 52, 40), grid)
-    for number in range(SCANS):
-        path = root / f"sub-{number:03}" / "anat" / f"sub-{number:03}_T1w.nii.gz"
-        phantoms.write(path, phantoms.intensities(labels, "T1w", number), grid)
-    rows = ["participant_id\tage\tsex\tsite\thead\tcondition"]
-    rows += [f"sub-{number:03}\t60\tF\ts\th\tcontrol" for number in range(SCANS)]
-    (root / "participants.tsv").write_text("\n".join(rows) + "\n")
+    phantoms.t1w_tree(folder / "raw" / "many", SCANS)
     for name, size in (("one", 56), ("two", 70)):
         (folder / f"{name}.yaml").write_text(
             f"name: {name}\ningest: {{cohorts: [many], size: {size}, spacing_mm: 4.0, slice_spacing_mm: 4.0, "

@@ -83,14 +83,19 @@ def aupr(labels: ArrayLike, probs: ArrayLike) -> Value:
     return _one_vs_rest(labels, probs, average_precision)
 
 
+def _most_probable(probs: Floats) -> Ints:
+    """The class [n] of `probs` [n, k]. A binary tie at 0.5 goes to class 1, as with the threshold p >= 0.5."""
+    guess: Ints = (probs[:, 1] >= probs[:, 0]).astype(np.int64) if probs.shape[1] == 2 else probs.argmax(1)
+    return guess
+
+
 def balanced_accuracy(labels: ArrayLike, probs: ArrayLike) -> Value:
     """Mean over classes of the recall of the most probable class. Undefined when a class is absent."""
     y, p = _checked(labels, probs)
     absent = _absent(y, p.shape[1])
     if absent:
         return absent
-    # A binary tie at 0.5 goes to class 1, as with the threshold p >= 0.5.
-    guess = (p[:, 1] >= p[:, 0]).astype(np.int64) if p.shape[1] == 2 else p.argmax(axis=1)
+    guess = _most_probable(p)
     return float(np.mean([(guess[y == k] == k).mean() for k in range(p.shape[1])]))
 
 
@@ -100,7 +105,7 @@ def f1(labels: ArrayLike, probs: ArrayLike) -> Value:
     absent = _absent(y, p.shape[1])
     if absent:
         return absent
-    guess = (p[:, 1] >= p[:, 0]).astype(np.int64) if p.shape[1] == 2 else p.argmax(axis=1)
+    guess = _most_probable(p)
     found = [1] if p.shape[1] == 2 else range(p.shape[1])
     return float(
         np.mean([2 * ((guess == k) & (y == k)).sum() / ((guess == k).sum() + (y == k).sum()) for k in found])
