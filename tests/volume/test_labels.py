@@ -203,6 +203,30 @@ def test_what_lies_beyond_the_slices_kept_is_noted() -> None:
     assert [note.code for note in found.notes] == ["LABELS_CUT"]
 
 
+def test_a_small_label_between_coarse_slices_is_not_cut() -> None:
+    scan, label_map = head((1, 1, 1))
+    centres = np.argwhere(label_map.data == 5)
+    for offset in range(8):  # wherever a slice happens to lie
+        at = np.rint(centres.mean(0)).astype(int) + np.array([0, 0, offset])
+        ball = np.sum((np.indices(label_map.data.shape).T - at) ** 2, -1).T <= 9
+        small = Volume(np.where(ball, 5.0, 0.0).astype(np.float32), label_map.affine, (), "")
+        found, _ = placed(scan, small, slice_spacing_mm=8.0)
+        assert found.notes == ()
+
+
+def test_what_is_cut_is_counted_on_the_maps_own_voxels() -> None:
+    scan, label_map = head((2, 2, 2))
+    found, done = placed(scan, label_map, slices=slices.Kept("range", 10, 5))
+    bottom, top = (
+        done.grid.affine[2, 2] * (edge - 0.5) + done.grid.affine[2, 3]
+        for edge in (done.slices.start, done.slices.stop)
+    )
+    height = np.argwhere(label_map.data)[:, 2] * 2.0 + label_map.affine[2, 3]
+    lost = np.count_nonzero((height < bottom) | (height >= top)) * 0.008
+    (note,) = found.notes
+    assert note.reason.startswith(f"{lost:.1f} of {len(height) * 0.008:.1f} ml")
+
+
 def test_an_empty_map_is_a_map() -> None:
     scan, label_map = head((4, 4, 4))
     found, _ = placed(scan, Volume(np.zeros_like(label_map.data), label_map.affine, (), ""))

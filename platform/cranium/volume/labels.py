@@ -63,11 +63,24 @@ def place(
     ml = [
         round(float(np.count_nonzero(kept == c)) * pixel * slices.step, 3) for c in range(1, len(values) + 1)
     ]
-    whole = np.count_nonzero(data) * abs(float(np.linalg.det(moved[:3, :3]))) / 1000
-    shown = float(np.count_nonzero(placed[slices.start : slices.stop])) * pixel
-    if whole - shown > MAX_CUT * whole + pixel:
-        notes.append(Note("LABELS_CUT", f"{whole - shown:.1f} of {whole:.1f} ml lie outside the slices kept"))
+    voxel = abs(float(np.linalg.det(moved[:3, :3]))) / 1000
+    whole, cut = (count * voxel for count in _beyond(data, moved, grid, slices))
+    if cut > MAX_CUT * whole + pixel:
+        notes.append(Note("LABELS_CUT", f"{cut:.1f} of {whole:.1f} ml lie outside the slices kept"))
     return LabelMap(placed, tuple(ml), tuple(notes))
+
+
+def _beyond(data: NDArray[np.uint8], moved: Affine, grid: Grid, slices: range) -> tuple[int, int]:
+    """Labelled voxels, and those of them that lie nearest to no pixel of the slices kept.
+
+    Counted on the map's own voxels: what a coarse grid samples of a small label is more or less than there is.
+    """
+    voxels = np.argwhere(data)
+    to_grid = np.linalg.inv(grid.affine) @ moved
+    at = np.rint(voxels @ to_grid[:3, :3].T + to_grid[:3, 3])  # row, column, slice
+    _, rows, columns = grid.shape
+    low, high = (0, 0, slices.start), (rows, columns, slices.stop)
+    return len(voxels), int(np.count_nonzero(((at < low) | (at >= high)).any(1)))
 
 
 def _owner(
