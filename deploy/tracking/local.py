@@ -79,6 +79,9 @@ def main(home: Path) -> int:
             "SECRETS": str(secrets),
             "HOSTS": f"{address},{address.replace('127.0.0.1', 'localhost')}",
             "BIND": "127.0.0.1",
+            "TMPDIR": str(
+                sockets
+            ),  # what it writes there holds the password of the database, and goes at the end
         }
         print(f"http://{address}   MLFLOW_TRACKING_USERNAME=admin", flush=True)
         print(f"MLFLOW_TRACKING_PASSWORD=$(cat {secrets / 'admin_password'})", flush=True)
