@@ -28,7 +28,7 @@ demo: $(STAMP)  ## the whole flow on simulated cohorts from real heads, then whe
 	@echo "runs:   make mlflow  (then open http://127.0.0.1:$(PORT))"
 
 test: $(STAMP)  ## unit tier, then the Ray tier on one local cluster
-	$(PYTEST) -m "not ray and not flow and not chaos and not gpu"
+	$(PYTEST) -n auto --maxprocesses 8 --dist loadfile -m "not ray and not flow and not chaos and not gpu"
 	$(PYTEST) -m "ray and not flow and not chaos and not gpu"
 
 test-all: test test-slow  ## and the end-to-end and fault tiers

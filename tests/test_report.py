@@ -96,6 +96,12 @@ def test_a_clear_difference_is_claimed_and_none_is_not(tmp_path: Path) -> None:
     )
 
 
+def test_a_test_that_no_pair_has_is_refused_once_and_takes_no_column(text: str) -> None:
+    shown = visible(text)
+    assert shown.count("There is no test over seeds") == 1 and "Wilcoxon needs 6" in shown
+    assert "Wilcoxon over seeds, p" not in shown and "detectable" in shown
+
+
 def test_covariates_that_tell_the_classes_apart_are_called_out(tmp_path: Path) -> None:
     made = cells(tmp_path, {"random": 1.0, "covariates": 4.0}, fractions=(1.0,), external=False)
     page = visible(

@@ -395,6 +395,8 @@ def _cell_table(found: Sequence[Point], inputs: ReportInputs) -> Table:
 
 
 def _pair_table(pairs: Sequence[Comparison], name: str) -> Table:
+    """A row a pair; what no pair has over seeds is said above the tables, not in every row."""
+    seeds = any(not isinstance(pair.over_seeds, Undefined) for pair in pairs)
     rows: list[tuple[object, ...]] = []
     for pair in pairs:
         known = isinstance(pair.interval, Interval)
@@ -412,9 +414,7 @@ def _pair_table(pairs: Sequence[Comparison], name: str) -> Table:
                 else wording.p_value(pair.corrected.p),
                 "exploratory" if pair.holm is None else wording.p_value(pair.holm),
                 "undefined" if isinstance(pair.detectable, Undefined) else pair.detectable,
-                pair.over_seeds.reason
-                if isinstance(pair.over_seeds, Undefined)
-                else wording.p_value(pair.over_seeds.p),
+                *([_over_seeds(pair)] if seeds else []),
             )
         )
     columns = (
@@ -426,9 +426,25 @@ def _pair_table(pairs: Sequence[Comparison], name: str) -> Table:
         "corrected t, p",
         "corrected p, Holm",
         "detectable",
-        "Wilcoxon over seeds, p",
+        *(["Wilcoxon over seeds, p"] if seeds else []),
     )
     return Table(columns, tuple(rows), name)
+
+
+def _over_seeds(pair: Comparison) -> str:
+    found = pair.over_seeds
+    return found.reason if isinstance(found, Undefined) else wording.p_value(found.p)
+
+
+def _wilcoxon(pairs: Sequence[Comparison]) -> str:
+    """How the test over seeds is read, or why there is none."""
+    refused = [pair.over_seeds.reason for pair in pairs if isinstance(pair.over_seeds, Undefined)]
+    if pairs and len(refused) == len(pairs):
+        return f"There is no test over seeds: {refused[0]}."
+    return (
+        "Wilcoxon's test pairs the means over folds of each seed; seeds share their subjects, so it speaks of training "
+        "again, not of other people."
+    )
 
 
 def _results(found: Sequence[Point], pairs: Sequence[Comparison], inputs: ReportInputs) -> list[Section]:
@@ -460,8 +476,7 @@ def _results(found: Sequence[Point], pairs: Sequence[Comparison], inputs: Report
         "Rows without a backbone are compared with each other once, beside the cheapest adaptation.",
         "Detectable is the true difference that the corrected test, before Holm, would find in four of five studies "
         "with this spread over folds: what is smaller is mostly missed, so one that was not shown may be there. "
-        "Wilcoxon's test pairs the means over folds of each seed; seeds share their subjects, so it speaks of training "
-        "again, not of other people.",
+        f"{_wilcoxon(pairs)}",
     )
     sections = [Section("initialisations", "Initialisations", (MEANS,), tuple(main))]
     if few:
