@@ -12,8 +12,10 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 import cells
-from cranium import adapt, checkpoint, embed, sessions, store, tuning
-from cranium.config import Cell, Classification, Experiment, Finetune, Machine, UserError
+from cranium import adapt, checkpoint, embed, report, sessions, store, tuning
+from cranium.config import Cell, Classification, Experiment, Finetune, Machine
+from cranium.tasks import comparison
+from cranium.tasks.metrics import Undefined
 from shards import CHANNELS, shard_set
 
 LABELS = {"condition": {"column": "condition", "classes": {"control": ["control"], "lesion": ["lesion"]}}}
@@ -132,8 +134,17 @@ def test_who_has_none_of_the_contrasts_is_no_example(tmp_path: Path) -> None:
     table = pd.read_parquet(job.cohort.shard_set / "sessions.parquet")
     table["condition"] = ["lesion" if n % 3 == 0 else "control" for n in range(12)]  # all lesions lack T2w
     table.to_parquet(job.cohort.shard_set / "sessions.parquet")
-    with pytest.raises(UserError, match="6 of 8 labelled subjects that have T2w are not of two classes"):
-        adapt.run_cell(few, folds)
+    assert adapt.run_cell(few, folds) == {"test/auroc": None}
+    why = "the 6 of 8 labelled subjects that have T2w are not of two classes"
+    assert store.read_manifest(few.folder)["undefined"] == {"test/auroc": why}
+    cell, notes = report._read_cell(few.folder, "")
+    (point,) = comparison.points([cell])
+    assert point.fold_values == (point.interval,) == (Undefined(why),) and point.mean is None and not notes
+    (same,) = comparison.comparisons([point, replace(point, init="scratch")])
+    assert same.interval == same.corrected == Undefined(why)
+    learnt, _ = report._read_cell(job.folder, "")
+    (both,) = comparison.points([replace(learnt, fold=1, setting=cell.setting), cell])
+    assert both.mean is None and both.interval == Undefined(why)  # no mean of the folds that are left
 
 
 def test_features_of_a_subset_are_those_of_hidden_pixels_whatever_else_is_asked(tmp_path: Path) -> None:

@@ -154,7 +154,14 @@ def run_cell(work: Work | segmenting.Work, folds: Mapping[str, int]) -> dict[str
     judged = [Judged(c, showing(c, tables[c.name])) for c in (work.cohort, *work.external)]
     judged += [Judged(c, showing(c, tables[c.name], whole=True), c.contrasts) for c in work.shown]
     test = judged[0].table
-    _enough(work.cell, train, test, len(labelled))
+    if why := _unlearnable(work.cell, train, test, len(labelled)):
+        nobody = _rows(work, judged[0]._replace(table=test[:0]), np.empty((0, len(work.task.classes))))
+        tests = ("test", *(f"external/{cohort.name}" for cohort in work.external))
+        undefined = {f"{name}/auroc": why for name in tests}
+        unknown: dict[str, float | None] = dict.fromkeys(undefined)
+        notes = {"unlearnable": why, "n_validation": 0}
+        _commit(work, nobody, unknown, undefined, train, test, len(labelled), notes)
+        return unknown
     judged = [part for part in judged if len(part.table)]
     found, notes = _learnt(work, train, judged)
     predictions = pd.concat(
@@ -230,15 +237,15 @@ def showing(cohort: Cohort, table: pd.DataFrame, whole: bool = False) -> pd.Data
     return table.assign(present=seen)[seen == wanted if whole else seen > 0]
 
 
-def _enough(cell: Cell, train: pd.DataFrame, test: pd.DataFrame, labelled: int) -> None:
-    """Whoever has none of the contrasts is no example: raises `UserError(CONTRASTS)` where too few are left."""
+def _unlearnable(cell: Cell, train: pd.DataFrame, test: pd.DataFrame, labelled: int) -> str:
+    """Why a cell has no result, or "": whoever has none of the contrasts is no example, and too few may be left.
+
+    Such a cell is done, and its metrics undefined: trying again would find the same subjects.
+    """
     what = " or ".join(cell.contrasts)
-    mend = "name more contrasts under sweep.contrasts.train, or more labels"
     if train["label"].nunique() < 2:
-        reason = f"the {len(train)} of {labelled} labelled subjects that have {what} are not of two classes"
-        raise UserError("CONTRASTS", f"{reason}; {mend}")
-    if test.empty:
-        raise UserError("CONTRASTS", f"no test subject of fold {cell.fold} has {what}; {mend}")
+        return f"the {len(train)} of {labelled} labelled subjects that have {what} are not of two classes"
+    return f"no test subject of fold {cell.fold} has {what}" if test.empty else ""
 
 
 def _learnt(work: Work, train: pd.DataFrame, judged: Sequence[Judged]) -> tuple[list[Array], dict[str, Any]]:

@@ -165,6 +165,9 @@ def _read_cell(folder: Path, run_id: str) -> tuple[Cell, list[str]]:
         shared = set(part["subject"]) & set(there["subject"])
         pair = [_fold(side[side["subject"].isin(shared)], probs) for side in (part, there)]
         subsets[tuple(subset.split("+"))][str(test)] = Shown(_fold(part, probs), *pair)
+    why = str(manifest.get("unlearnable", ""))
+    if why:  # on every test, so that no mean is silently one of fewer folds
+        own = dict.fromkeys((TEST, *manifest["task"]["external"]), rows)
     tests = {test: _fold(part, probs) for test, part in own.items()}
     cell = Cell(
         setting=Setting(
@@ -188,6 +191,7 @@ def _read_cell(folder: Path, run_id: str) -> tuple[Cell, list[str]]:
         contrasts=tuple(spec["contrasts"]),
         fill=str(spec["fill"]),
         subsets=subsets,
+        unlearnable=why,
     )
     return cell, _disagreements(cell, manifest["metrics"])
 

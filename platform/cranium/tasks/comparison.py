@@ -59,6 +59,7 @@ class Cell:
 
     tests: "test" for the held-out fold, else the name of an external cohort -> scores with rows in subject order.
     subsets: of contrasts that it is judged on besides -> the same tests, of the subjects who have each of them.
+    unlearnable: why nothing could be learnt, so that its scores are of nobody.
     """
 
     setting: Setting
@@ -76,6 +77,13 @@ class Cell:
     contrasts: tuple[str, ...] = ()  # that were learnt from
     fill: str = "zero"  # of those that are not seen
     subsets: Mapping[tuple[str, ...], Mapping[str, Shown]] = field(default_factory=dict)
+    unlearnable: str = ""
+
+    def auroc(self, test: str) -> Value:
+        """On one of its tests. Undefined when a class is absent, or nothing was learnt."""
+        if self.unlearnable:
+            return Undefined(self.unlearnable)
+        return auroc(self.tests[test].labels, self.tests[test].probs)
 
 
 @dataclass(frozen=True)
@@ -154,10 +162,17 @@ def points(cells: Sequence[Cell], resamples: int = 2000) -> list[Point]:
     found = []
     for key in sorted(grouped, key=lambda k: (k[0], rank(k[1]), k[2], k[3])):
         members = tuple(sorted(grouped[key], key=lambda cell: (cell.fold, cell.seed)))
-        scores = [cell.tests[key[3]] for cell in members]
-        values = tuple(auroc(score.labels, score.probs) for score in scores)
-        found.append(Point(*key, values, bootstrap_interval(scores, resamples=resamples), members))
+        values = tuple(cell.auroc(key[3]) for cell in members)
+        interval = unlearnt(members) or bootstrap_interval(
+            [cell.tests[key[3]] for cell in members], resamples=resamples
+        )
+        found.append(Point(*key, values, interval, members))
     return found
+
+
+def unlearnt(cells: Sequence[Cell]) -> Undefined | None:
+    """Why the mean over these cells does not exist, where one of them has learnt nothing."""
+    return next((Undefined(cell.unlearnable) for cell in cells if cell.unlearnable), None)
 
 
 def comparisons(found: Sequence[Point], resamples: int = 2000) -> list[Comparison]:
@@ -232,7 +247,7 @@ def _compare(a: Point, b: Point, resamples: int) -> Comparison:
     corrected = paired
     if shared:
         try:
-            interval = bootstrap_difference(
+            interval = unlearnt([*a.cells, *b.cells]) or bootstrap_difference(
                 [a.cells[ours[key]].tests[TEST] for key in shared],
                 [b.cells[theirs[key]].tests[TEST] for key in shared],
                 resamples=resamples,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .comparison import TEST, Cell, Setting, rank
+from .comparison import TEST, Cell, Setting, rank, unlearnt
 from .metrics import Undefined, Value, auroc
 from .statistics import Fold, Interval, bootstrap_difference, bootstrap_interval
 
@@ -77,6 +77,8 @@ def _point(
     values = [auroc(fold.labels, fold.probs) for fold in folds]
     if lacking := len(cells) - len(folds):
         values.append(Undefined(f"nobody has all of these in {lacking} of {len(cells)} folds"))
+    if why := unlearnt(cells):
+        values.insert(0, why)
     unknown = [value for value in values if isinstance(value, Undefined)]
     known = [value for value in values if not isinstance(value, Undefined)]
     sizes = [len(fold.labels) for cell, fold in scored if cell.seed == first.seed]
