@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cranium import bench, bench_rows, bench_step, bench_stream, corpora
+from cranium import bench, bench_embed, bench_rows, bench_step, bench_stream, corpora
 from cranium.config import UserError
 from cranium.volume import shard
 
@@ -128,6 +128,15 @@ def test_the_benchmark_of_the_stream_runs_and_keeps_its_numbers(ray_cluster, tmp
     assert all(case["name"] in table for case in kept["measured"]) and any(
         "stacks/s" in line for line in said
     )
+
+
+@pytest.mark.ray
+def test_embedding_is_measured_against_the_same_batches(ray_cluster, tmp_path: Path):
+    spec = bench_embed.Spec(rows=100, size=28, arch="vit_tiny_patch14", rounds=1, data=tmp_path)
+    result = bench_embed.run(spec, lambda text: None)
+    check(result.plain())
+    assert [case.items for case in result.measured] == [100, 100] and len(result.targets) == 1
+    assert not (tmp_path / "bench-embed").exists()
 
 
 STEPPER = """

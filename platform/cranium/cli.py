@@ -7,6 +7,7 @@ done), 130 and 143 on SIGINT and SIGTERM.
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 import time
@@ -39,6 +40,7 @@ Settings = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="print one last line of JSON")]
 Debug = Annotated[bool, typer.Option("--debug", help="show tracebacks")]
+BENCHES = ("stream", "ingest", "embed", "pretrain", "step", "sweep")
 
 
 # ---- verbs ----------------------------------------------------------------------------------------------------------
@@ -436,7 +438,7 @@ def predict(
 
 @app.command()
 def bench(
-    what: Annotated[str, typer.Argument(metavar="stream|ingest|pretrain|step|sweep", help="which stage")],
+    what: Annotated[str, typer.Argument(metavar="|".join(BENCHES), help="which")],
     settings: Annotated[
         list[str] | None, typer.Argument(metavar="[key=value]...", help="rows= rounds= data= out= ...")
     ] = None,
@@ -448,36 +450,12 @@ def bench(
     def work() -> Outcome:
         from cranium import bench, cluster
 
-        def measured(stage: Any) -> tuple[Any, bench.Result]:
-            spec = reading.validated(stage.Spec, reading.nested(settings or ()), f"bench {what}")
-            with cluster.quiet(spec.data / f"{what}.log") as terminal:
-                return spec, stage.run(spec, lambda text: print(text, file=terminal.out, flush=True))
-
-        match what:
-            case "stream":
-                from cranium import bench_stream
-
-                spec, result = measured(bench_stream)
-            case "ingest":
-                from cranium import bench_ingest
-
-                spec, result = measured(bench_ingest)
-            case "step":
-                from cranium import bench_step
-
-                spec, result = measured(bench_step)
-            case "pretrain":
-                from cranium import bench_pretrain
-
-                spec, result = measured(bench_pretrain)
-            case "sweep":
-                from cranium import bench_sweep
-
-                spec, result = measured(bench_sweep)
-            case _:
-                raise UserError(
-                    "USAGE", f"`{what}` has no benchmark; one of stream, ingest, pretrain, step, sweep"
-                )
+        if what not in BENCHES:
+            raise UserError("USAGE", f"`{what}` has no benchmark; one of {', '.join(BENCHES)}")
+        stage: Any = importlib.import_module(f"cranium.bench_{what}")
+        spec = reading.validated(stage.Spec, reading.nested(settings or ()), f"bench {what}")
+        with cluster.quiet(spec.data / f"{what}.log") as terminal:
+            result = stage.run(spec, lambda text: print(text, file=terminal.out, flush=True))
         print(bench.table(result))
         if spec.out:
             bench.keep(result, spec.out)
