@@ -1,12 +1,14 @@
-"""Two hosts on this machine: network namespaces joined by a cable, a Ray node in each, a tunnel to the dashboard.
+"""Hosts on this machine: namespaces of network and processes, joined by a switch, with Ray; a tunnel to the head.
 
-Needs root and iproute2. Each host sees its own loopback and the other's address, and nothing else.
+Needs root, iproute2 and util-linux. Each host sees its own loopback, the others' addresses and its own processes, and
+nothing else.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import secrets
 import shutil
@@ -15,14 +17,17 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+import urllib.request
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
 
 ROOT = Path(__file__).parents[1]
-ADDRESSES = {"head": "10.77.0.1", "node": "10.77.0.2"}
+ADDRESSES = {"head": "10.77.0.1", "node": "10.77.0.2", "other": "10.77.0.3"}
+GCS = f"{ADDRESSES['head']}:6379"
+START = ("ray", "start", "--block", "--disable-usage-stats", "--object-store-memory=150000000")
 # Runs on the head: what comes in by a socket file goes to its dashboard, as with `ssh -L` or `kubectl port-forward`.
 FAR_END = """
 import asyncio, sys
@@ -43,9 +48,9 @@ asyncio.run(main())
 
 
 def missing() -> str:
-    """What keeps this machine from being two hosts; empty when nothing does."""
-    if os.getuid() != 0 or not shutil.which("ip"):
-        return "needs root and iproute2 for network namespaces"
+    """What keeps this machine from being several hosts; empty when nothing does."""
+    if os.getuid() != 0 or not all(map(shutil.which, ("ip", "unshare", "nsenter"))):
+        return "needs root, iproute2 and util-linux for namespaces"
     name = f"cr-{secrets.token_hex(3)}"
     if subprocess.run(["ip", "netns", "add", name], capture_output=True).returncode != 0:
         return "no network namespace can be made here"
@@ -56,9 +61,12 @@ def missing() -> str:
 @dataclass
 class Hosts:
     folder: Path
+    names: Sequence[str] = ("head", "node")
+    cpus: int = 4  # that a node offers; the head has none, as in the deployments
+    settings: dict[str, str] = field(default_factory=dict)  # variables of all nodes
     tag: str = field(default_factory=lambda: secrets.token_hex(3))
     token: str = field(default_factory=lambda: secrets.token_hex(16))
-    started: list[psutil.Process] = field(default_factory=list)
+    started: dict[str, list[psutil.Process]] = field(default_factory=dict)  # host -> what runs there
 
     def namespace(self, host: str) -> str:
         return f"cr-{self.tag}-{host}"
@@ -75,6 +83,7 @@ class Hosts:
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_USAGE_STATS_REPORT_URL": "http://127.0.0.1:9",
             "RAY_TMPDIR": str(self.folder),
+            **self.settings,
         }
 
     def run(self, host: str, *words: str, **more: str) -> subprocess.CompletedProcess[str]:
@@ -84,62 +93,77 @@ class Hosts:
             command, env=self.environment() | more, capture_output=True, text=True, timeout=120
         )
 
+    def inside(self, host: str, *words: str, **more: str) -> subprocess.CompletedProcess[str]:
+        """A command beside a host's Ray, as in its container: it sees the processes of that host alone."""
+        (ray,) = self.started[host][0].children()
+        command = ["nsenter", f"--target={ray.pid}", "--net", "--pid", "--mount", *words]
+        return subprocess.run(
+            command, env=self.environment() | more, capture_output=True, text=True, timeout=120
+        )
+
     def begin(self, host: str, *words: str) -> None:
-        command = ["ip", "netns", "exec", self.namespace(host), *words]
+        alone = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
+        command = ["ip", "netns", "exec", self.namespace(host), *alone, *words]
         with (self.folder / f"{host}.log").open("ab") as log:
             process = subprocess.Popen(
                 command, env=self.environment(), stdout=log, stderr=log, start_new_session=True
             )
-        self.started.append(psutil.Process(process.pid))
+        self.started.setdefault(host, []).append(psutil.Process(process.pid))
 
     def cable(self) -> None:
-        ends = {host: f"cr{self.tag}{host[0]}" for host in ADDRESSES}
-        for host in ADDRESSES:
-            subprocess.run(["ip", "netns", "add", self.namespace(host)], check=True)
-        link = ["ip", "link", "add", ends["head"], "type", "veth", "peer", "name", ends["node"]]
-        subprocess.run(link, check=True)
-        for host, address in ADDRESSES.items():
-            subprocess.run(["ip", "link", "set", ends[host], "netns", self.namespace(host)], check=True)
-            for words in (
-                ["addr", "add", f"{address}/24", "dev", ends[host]],
-                ["link", "set", ends[host], "up"],
-                ["link", "set", "lo", "up"],
-                ["route", "add", "default", "dev", ends[host]],  # Ray learns its own address by the way out
+        switch = self.namespace("switch")
+        subprocess.run(["ip", "netns", "add", switch], check=True)
+        subprocess.run(["ip", "-n", switch, "link", "add", "switch", "type", "bridge"], check=True)
+        subprocess.run(["ip", "-n", switch, "link", "set", "switch", "up"], check=True)
+        for host in self.names:
+            end, name = f"cr{self.tag}{host[0]}", self.namespace(host)
+            subprocess.run(["ip", "netns", "add", name], check=True)
+            link = ["link", "add", host, "type", "veth", "peer", "name", end, "netns", name]
+            for at, words in (
+                (switch, link),
+                (switch, ["link", "set", host, "master", "switch", "up"]),
+                (name, ["addr", "add", f"{ADDRESSES[host]}/24", "dev", end]),
+                (name, ["link", "set", end, "up"]),
+                (name, ["link", "set", "lo", "up"]),
+                (name, ["route", "add", "default", "dev", end]),  # Ray learns its own address by the way out
             ):
-                subprocess.run(["ip", "-n", self.namespace(host), *words], check=True)
+                subprocess.run(["ip", "-n", at, *words], check=True)
 
     def ray(self) -> None:
-        """A head without CPUs and a node with four, as the deployments start them."""
-        start = ["ray", "start", "--block", "--disable-usage-stats", "--object-store-memory=150000000"]
+        """A head without CPUs, and the nodes, as the deployments start them."""
         head = [
             f"--node-ip-address={ADDRESSES['head']}",
             "--port=6379",
             "--num-cpus=0",
             "--dashboard-host=127.0.0.1",
         ]
-        self.begin("head", *start, "--head", *head, f"--temp-dir={self.folder}")
+        self.begin("head", *START, "--head", *head, f"--temp-dir={self.folder}")
         deadline = time.monotonic() + 120
-        while self.run("head", "ray", "health-check", "--address", f"{ADDRESSES['head']}:6379").returncode:
+        while self.run("head", "ray", "health-check", "--address", GCS).returncode:
             assert time.monotonic() < deadline, (self.folder / "head.log").read_text()
-        node = [
-            f"--node-ip-address={ADDRESSES['node']}",
-            f"--address={ADDRESSES['head']}:6379",
-            "--num-cpus=4",
-        ]
-        self.begin("node", *start, *node)
+        for host in self.names[1:]:
+            self.join(host)
         self.begin("head", sys.executable, "-c", FAR_END, str(self.folder / "tunnel"))
 
-    def kill(self) -> None:
-        """Everything on both hosts at once, as when the power goes."""
+    def join(self, host: str) -> None:
+        """Start a host's node, or one in place of that which was there."""
+        node = [f"--node-ip-address={ADDRESSES[host]}", f"--address={GCS}", f"--num-cpus={self.cpus}"]
+        node += [
+            f"--temp-dir={self.folder / host}"
+        ]  # two that start at once in one would take the same socket
+        self.begin(host, *START, *node)
+
+    def kill(self, *hosts: str) -> None:
+        """Everything on these hosts (or all) at once, as when the power goes."""
         everyone = []
-        for process in self.started:
-            with contextlib.suppress(psutil.Error):
-                everyone += [process, *process.children(recursive=True)]
+        for host in hosts or tuple(self.started):
+            for process in self.started.pop(host, []):
+                with contextlib.suppress(psutil.Error):
+                    everyone += [process, *process.children(recursive=True)]
         for process in everyone:
             with contextlib.suppress(psutil.Error):
                 process.kill()
         psutil.wait_procs(everyone, timeout=10)
-        self.started.clear()
 
 
 @contextlib.contextmanager
@@ -180,15 +204,64 @@ def tunnel(folder: Path) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def hosts() -> Iterator[Hosts]:
-    """Two hosts with Ray on them; both, and all they run, are gone at the end."""
-    made = Hosts(Path(tempfile.mkdtemp(prefix="cr-", dir="/tmp")))  # short: sockets' paths may have 107 bytes
+def hosts(*names: str, cpus: int = 4, **settings: str) -> Iterator[Hosts]:
+    """A head and nodes (`ADDRESSES` has their names) with Ray on them; they, and all they run, are gone at the end."""
+    folder = Path(tempfile.mkdtemp(prefix="cr-", dir="/tmp"))  # short: sockets' paths may have 107 bytes
+    made = Hosts(folder, ("head", *names), cpus, settings)
     try:
         made.cable()
         made.ray()
         yield made
     finally:
         made.kill()
-        for host in ADDRESSES:
+        for host in (*made.names, "switch"):
             subprocess.run(["ip", "netns", "del", made.namespace(host)], capture_output=True)
-        shutil.rmtree(made.folder, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@dataclass
+class Laptop:
+    """Somebody who sends jobs: has a tunnel's end, the token, and a Python of its own."""
+
+    to: Hosts
+    folder: Path  # where its experiments are
+    address: str
+
+    def begin(self, *words: str) -> subprocess.Popen[str]:
+        """`cranium <words>` on the cluster at the address; what it prints, both streams, is for who waits."""
+        environment = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "CRANIUM_"))}
+        environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self.to.token}
+        environment["PYTHONPATH"] = os.pathsep.join(
+            [str(ROOT / "platform"), os.environ.get("PYTHONPATH", "")]
+        )
+        return subprocess.Popen(
+            [sys.executable, "-m", "cranium.cli", *words, f"address={self.address}"],
+            cwd=self.folder,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def asked(self, path: str, token: str = "") -> bytes:
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        with urllib.request.urlopen(
+            urllib.request.Request(self.address + path, headers=headers), timeout=20
+        ) as answer:
+            return bytes(answer.read())
+
+    def alive(self) -> set[str]:
+        """Addresses of the nodes that are there; none while the dashboard does not answer."""
+        with contextlib.suppress(OSError):
+            told = json.loads(self.asked("/api/v0/nodes", self.to.token))
+            nodes = told["data"]["result"]["result"]
+            return {node["node_ip"] for node in nodes if node["state"] == "ALIVE"}
+        return set()
+
+    def wait(self, *hosts: str) -> None:
+        """Until the dashboard answers, and the nodes are those of these hosts (or of all)."""
+        wanted, deadline = {ADDRESSES[host] for host in hosts or self.to.names}, time.monotonic() + 120
+        while self.alive() != wanted:
+            logs = "".join(log.read_text()[-2000:] for log in self.to.folder.glob("*.log"))
+            assert time.monotonic() < deadline, f"{self.alive()} for {wanted}\n{logs}"
+            time.sleep(0.5)

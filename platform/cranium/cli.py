@@ -149,7 +149,7 @@ def run(file: Yaml, settings: Settings = None, json: Json = False, debug: Debug 
     _staged("run", file, settings, json, debug)
 
 
-SUBMITTED = ("demo", "ingest", "pretrain", "embed", "sweep", "report", "run", "verify", "show")
+SUBMITTED = ("demo", "ingest", "pretrain", "embed", "sweep", "report", "run", "resume", "verify", "show")
 
 
 @app.command()

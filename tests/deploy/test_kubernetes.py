@@ -140,7 +140,7 @@ def test_a_pod_is_locked_down(template: dict[str, Any]) -> None:
 def test_a_worker_tells_ray_before_it_goes(template: dict[str, Any]) -> None:
     pod = template["spec"]
     script = pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"][-1]
-    assert script.startswith("ray drain-node ") and "PREEMPTION" in script
+    assert script.startswith("ray drain-node ") and "PREEMPTION" in script and "--node-id" in script
     left = int(re.search(r"--deadline-remaining-seconds (\d+)", script)[1])  # type: ignore[index]
     assert f"sleep {left}" in script and pod["terminationGracePeriodSeconds"] > left
     assert pod["automountServiceAccountToken"] is False
