@@ -156,6 +156,12 @@ def test_the_trees_of_the_pages_are_the_tree() -> None:
     assert {path.rstrip("/") for path in listed} >= folders | modules
 
 
+def test_the_layers_of_the_page_are_those_that_are_checked() -> None:
+    contracts = PROJECT["tool"]["importlinter"]["contracts"]
+    (layers,) = [contract["layers"] for contract in contracts if contract["type"] == "layers"]
+    assert "\n".join(f"    {layer}" for layer in layers) in (ROOT / "CONTRIBUTING.md").read_text()
+
+
 def test_every_test_that_the_security_page_names_is_there() -> None:
     named = set(re.findall(r"`(test_\w+)`", (ROOT / "SECURITY.md").read_text()))
     sources = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
