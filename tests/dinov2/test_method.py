@@ -76,15 +76,20 @@ def test_the_tuned_step_is_the_plain_one(drop_path: float, arch: str) -> None:
 
 
 def test_the_tuned_step_in_bf16_is_as_far_from_fp32_as_the_plain_one() -> None:
-    def gradients(tuned: bool, precision: torch.dtype | None) -> torch.Tensor:
+    """Over eight draws: how far rounding takes a single one is chance, and another processor rounds elsewhere."""
+
+    def gradients(tuned: bool, precision: torch.dtype | None, seed: int) -> torch.Tensor:
         made = build(drop_path=0.0, tuned=tuned, koleo_weight=0.1)
-        out = made.losses(*batch(), 0, seed=3, teacher_temperature=0.05, precision=precision)
+        out = made.losses(*batch(), 0, seed=seed, teacher_temperature=0.05, precision=precision)
         out["total"].backward()
         return torch.cat([p.grad.flatten() for p in made.plain_student.parameters()])
 
-    exact = gradients(False, None)
-    tuned, plain = ((gradients(t, torch.bfloat16) - exact).norm() / exact.norm() for t in (True, False))
-    assert tuned < 1.25 * plain and plain < 0.1
+    def distance(tuned: bool, seed: int) -> float:
+        exact = gradients(False, None, seed)
+        return float((gradients(tuned, torch.bfloat16, seed) - exact).norm() / exact.norm())
+
+    tuned, plain = ([distance(way, seed) for seed in range(8)] for way in (True, False))
+    assert sum(tuned) < 1.25 * sum(plain) and max(plain) < 0.1
 
 
 def test_a_network_of_which_a_step_drops_everything_still_has_every_gradient() -> None:

@@ -83,7 +83,9 @@ def test_the_test_features_cannot_influence_the_fit() -> None:
     features, labels = _blobs(10, 2, 1.0)
     fitted = probe.fit_linear(features, labels, c_grid=(0.1, 1.0), folds=3, seed=0)
     alone = fitted.predict(features[:1])
-    np.testing.assert_array_equal(fitted.predict(np.concatenate([features[:1], 1e6 * features]))[:1], alone)
+    beside = fitted.predict(np.concatenate([features[:1], 1e6 * features]))[:1]
+    # BLAS multiplies one row by another kernel than many: the last digit may differ, an influence could not hide there.
+    np.testing.assert_allclose(beside, alone, rtol=1e-12)
 
 
 @pytest.mark.parametrize(
