@@ -58,7 +58,7 @@ def _load(tmp_path: Path, text: str, *overrides: str) -> Experiment:
         (TINY + TASKS.replace("label:", "lable:"), "CONFIG", "did you mean"),
         (TINY + TASKS.replace("regions: {all: [core]}", "regions: {all: [rim]}"), "CONFIG", "['rim']"),
         (
-            TINY + TASKS + "sweep: {init: [random], adaptation: [finetune]}",
+            TINY + TASKS + "sweep: {init: [random], adaptation: [knn]}",
             "CONFIG",
             "no way to learn a segmentation",
         ),
@@ -119,6 +119,7 @@ def test_a_task_is_learnt_in_the_ways_that_fit_it_and_rows_without_a_backbone_in
     assert exp.sweep.adaptations(segment, "random") == ("linear", "conv")
     assert exp.sweep.adaptations(detect, "covariates") == ("linear",)
     assert exp.sweep.adaptations(segment, "covariates") == ()
+    assert exp.sweep.adaptations(segment, "cnn") == exp.sweep.adaptations(detect, "cnn") == ("finetune",)
 
 
 def test_compute_never_shapes_an_identity(tmp_path: Path) -> None:

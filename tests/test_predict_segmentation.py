@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,18 @@ import torch
 
 import phantoms
 from cells import in_place
-from cranium import embed, finished_cell, ingest, new_scans, predict, restitch, segmenting, store, tokens
+from cranium import (
+    embed,
+    finished_cell,
+    ingest,
+    new_scans,
+    predict,
+    restitch,
+    segmenting,
+    store,
+    tokens,
+    tuning,
+)
 from cranium.cards import Card
 from cranium.config import Cell, Decoder, Experiment, Machine, Segmentation, UserError
 from cranium.store import Artefact
@@ -48,6 +60,16 @@ EXPERIMENT = Experiment.model_validate(
 )
 
 
+FOLDS = {"001": 0, "002": 1, "003": 1}
+# Cells learnt from the pixels: what each starts from, how, and whether its network is to be kept.
+TUNED = {
+    "finding-00000001": ("random", "finetune", True),
+    "finding-00000002": ("random", "lora", False),
+    "finding-00000003": ("cnn", "finetune", True),
+    "finding-00000004": ("random", "finetune", False),
+}
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Machine, Path, Artefact]:
     """A store with one cell, and the raw folder of its cohort."""
@@ -77,7 +99,16 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Machine, Path, Artef
     home = segmenting.Cohort("phantom", shards.path, embedded.path, files)
     folder = machine.store / "adapt" / "finding-00000000"
     work = segmenting.Work(cell, task, Decoder(steps=40, batch_size=4, lr=0.05), home, (), folder)
-    segmenting.run_cell(work, {"001": 0, "002": 1, "003": 1})
+    segmenting.run_cell(work, FOLDS)
+    for name, (init, adaptation, keep) in TUNED.items():
+        changed = cell.model_copy(update={"init": init, "adaptation": adaptation})
+        start = tuning.Start(init, "vit_tiny_patch14", exp.embed.seed, ("cls",), exp.fill)
+        how = {"steps": 30, "batch_size": 4, "lr": 1e-3, "lora_lr": 1e-2, "cnn_lr": 1e-2, "keep": keep}
+        spec = Decoder.model_validate({"lr": 0.05, "tuned": how})
+        pixels = replace(home, tokens=None)
+        segmenting.run_cell(
+            segmenting.Work(changed, task, spec, pixels, (), folder.with_name(name), (), start), FOLDS
+        )
     return machine, tree, Artefact(folder)
 
 
@@ -125,6 +156,42 @@ def test_a_scan_is_predicted_as_the_cell_predicted_it(
     assert about["known"]["part"] == "test" and predict.notes(about) == [
         "subject 001 of the cell's test fold"
     ]
+
+
+@pytest.mark.parametrize("name", list(TUNED)[:3])
+def test_a_network_predicts_a_scan_as_its_cell_did(
+    made: tuple[Machine, Path, Artefact], tmp_path: Path, name: str
+) -> None:
+    """To the voxel: decoders that guess at random would not agree, nor would one without its statistics."""
+    machine, tree, _ = made
+    spec = new_scans.Spec(scan={"T1w": scan_of(tree, "001")}, mask=mask_of(tree, "001"), out=tmp_path)
+    found = finished_cell.find(machine.store, name)
+    ((one,), _) = predict.predict(machine, found, spec)
+    ours = np.asarray(nib.load(tmp_path / one.about["files"]["map"]).dataobj)
+    theirs = np.asarray(nib.load(found.cell.path / "maps" / "sub-001_dseg.nii.gz").dataobj)
+    assert np.array_equal(ours, theirs) and np.count_nonzero(ours)
+    assert one.about["head_sha256"] == store.sha256(found.cell.path / segmenting.DECODER)
+    assert (one.about["weights"] is None) == (TUNED[name][0] == "cnn")
+
+
+def test_what_was_not_kept_or_has_changed_is_refused(
+    made: tuple[Machine, Path, Artefact], tmp_path: Path
+) -> None:
+    machine, tree, _ = made
+    spec = new_scans.Spec(scan={"T1w": scan_of(tree, "001")}, out=tmp_path)
+    with pytest.raises(UserError, match=r"run its sweep with adapt\.decoder\.tuned\.keep=true") as refused:
+        predict.predict(machine, finished_cell.find(machine.store, "finding-00000004"), spec)
+    assert refused.value.code == "NO_HEAD"
+    kept = finished_cell.find(machine.store, "finding-00000002")
+    head = kept.cell.path / segmenting.DECODER
+    whole = head.read_bytes()
+    try:
+        head.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        with pytest.raises(UserError) as refused:
+            predict.predict(machine, kept, spec)
+    finally:
+        head.write_bytes(whole)
+    assert refused.value.code == "WEIGHTS_DAMAGED"
 
 
 def test_a_bids_tree_gives_a_map_for_every_session(

@@ -72,6 +72,7 @@ def cohort(root: Path, name: str, lesions: list[bool], first: int = 0) -> segmen
                 "cohort": name,
                 "subject": subject,
                 "session": "",
+                "present": 1,
                 "site": f"s{number % 2}",
                 "label_ml": json.dumps(ml),
                 "native_shape": json.dumps({"T1w": SHAPE}),
@@ -91,6 +92,7 @@ def cohort(root: Path, name: str, lesions: list[bool], first: int = 0) -> segmen
     pd.DataFrame(sessions).to_parquet(shards / "sessions.parquet")
     entry = {"file": "shards/0.parquet", "rows": len(rows), "row_groups": groups}
     manifest = {"cohort": name, "card": CARD, "classes": ["lesion", "ventricle"], "channels": ["T1w"]}
+    manifest |= {"shape": [1, 1, SIZE, SIZE], "preprocessing_hash": "0", "counts": {"stacks": len(rows)}}
     store.commit(shards, {**manifest, "shards": [entry], "preprocessing": {"orientation": "agree"}})
     np.save(made / tokens.TOKENS, np.concatenate(every).astype(np.float16))
     pd.DataFrame(rows).to_parquet(made / tokens.ROWS)
@@ -222,3 +224,25 @@ def test_the_report_shows_every_subject_and_means_what_the_cells_mean(judged, co
     dices = [float(title.rsplit(" ", 1)[1]) for title in rows]
     assert dices == sorted(dices, reverse=True)
     assert "over 4 test subjects" in said[0]
+
+
+def test_a_cnn_stands_beside_every_adaptation_and_one_table_holds_them_all(judged, cohorts, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    conv = work(tmp_path, *cohorts, fold=1, adaptation="conv")
+    segmenting.run_cell(conv, FOLDS)
+    table = report_segmentation.read([judged.folder, conv.folder], {})
+    cnn = table[table["adaptation"] == "linear"].assign(init="cnn", adaptation="finetune")
+    placed = report_segmentation.beside_references(pd.concat([table, cnn]))
+    assert placed.groupby(["init", "adaptation"]).size().to_dict() == {
+        (init, way): len(cnn) for init in ("random", "cnn") for way in ("linear", "conv")
+    }
+    alone = report_segmentation.beside_references(cnn)
+    pd.testing.assert_frame_equal(alone, cnn.reset_index(drop=True), check_dtype=False)
+
+    sections, _ = report_segmentation.sections(pd.concat([table, cnn]), Link, 100)
+    (across,) = [section for section in sections if section.key == "map-adaptations"]
+    ventricle = next(one for one in across.tables if one.name.endswith(": ventricle"))
+    assert ventricle.columns == ("init", "linear", "conv")
+    (random, baseline) = ventricle.rows
+    means = [store.read_manifest(job.folder)["metrics"]["test/dice/ventricle"] for job in (judged, conv)]
+    assert [cell.split(" (")[0] for cell in random[1:]] == [f"{mean:.2f}" for mean in means]
+    assert baseline == ("cnn", random[1], random[1])

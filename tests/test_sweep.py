@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from cranium import store, sweep
+from cranium import inventory, segmenting, store, sweep
 from cranium.config import Experiment, Machine, UserError
 from cranium.store import Artefact
 from cranium.volume import fingerprint
@@ -339,3 +339,64 @@ def test_how_hidden_contrasts_are_filled_is_part_of_a_cell(tmp_path: Path):
     grids = [sweep.declare(exp, machine, made, {}) for exp in (base, other)]
     assert [g.works[0].cell.fill for g in grids] == ["zero", "replicate"]
     assert not {w.folder for w in grids[0].works} & {w.folder for w in grids[1].works}
+
+
+# ---- segmentation from the pixels -----------------------------------------------------------------------------------
+
+
+def maps(root: Path, **decoder: object) -> sweep.Grid:
+    """A grid of every way to learn a label map, on a cohort whose sessions all have one."""
+    folder, tuned = root / "ingest" / "home-0", Machine(store=root)
+    if not folder.exists():
+        made = shard_set(root, "home", [f"home{i}" for i in range(12)])
+        table = pd.read_parquet(folder / "sessions.parquet")
+        table.assign(label_ml=json.dumps({"rim": 1.0})).to_parquet(folder / "sessions.parquet")
+        manifest = {**made.manifest(), "classes": ["rim"]}
+        (folder / store.MANIFEST).unlink()
+        store.commit(folder, {name: value for name, value in manifest.items() if name != "schema"})
+    task = {"task": "segmentation", "name": "rims", "cohort": "home", "classes": {"rim": ["rim"]}}
+    exp = Experiment.model_validate(
+        {
+            "name": "maps",
+            "ingest": {"cohorts": ["home"]},
+            "adapt": {"tasks": [task], "decoder": decoder},
+            "sweep": {
+                "init": ["random", "cnn", "volumes"],
+                "adaptation": ["linear", "conv", "lora", "finetune"],
+                "label_fractions": [1.0],
+                "folds": 2,
+            },
+        }
+    )
+    wanted = inventory.to_embed(exp)
+    assert set(wanted) == {("random", "home", "linear"), ("random", "home", "conv")}
+    made = {key: Artefact(root / "embed" / "_".join(key)) for key in wanted}
+    files = {"home": segmenting.LabelFiles(root, {})}
+    return sweep.declare(exp, tuned, {"home": Artefact(folder)}, made, files)
+
+
+def test_label_maps_are_learnt_on_tokens_and_from_pixels_side_by_side(tmp_path: Path):
+    grid = maps(tmp_path)
+    ways = Counter((work.cell.init, work.cell.adaptation) for work in grid.works)
+    assert ways == {("random", way): 2 for way in ("linear", "conv", "lora", "finetune")} | {
+        ("cnn", "finetune"): 2
+    }
+    for work in grid.works:
+        assert isinstance(work, segmenting.Work)
+        frozen = work.cell.adaptation in ("linear", "conv")
+        assert (work.start is None) == (work.cohort.tokens is not None) == frozen
+        assert work.cohort.shown.parent.name == ("embed" if frozen else "ingest")
+
+
+@pytest.mark.parametrize(
+    ("changed", "others"),
+    [
+        ({"tuned": {"lr": 3e-4}}, {"lora", "finetune"}),
+        ({"steps": 7}, {"linear", "conv"}),
+        ({"width": 32}, {"linear", "conv", "lora", "finetune"}),
+    ],
+)
+def test_settings_of_pixels_name_no_cell_on_tokens_nor_the_other_way_round(tmp_path: Path, changed, others):
+    names = [{work.folder.name: work for work in maps(tmp_path, **spec).works} for spec in ({}, changed)]
+    new = {names[1][name].cell.adaptation for name in names[1].keys() - names[0].keys()}
+    assert new == others and len(names[0]) == len(names[1])

@@ -128,37 +128,6 @@ def test_a_loss_that_is_not_finite_ends_the_cell() -> None:
     assert refused.value.exit_code == 1
 
 
-# ---- augmentation ---------------------------------------------------------------------------------------------------
-
-
-def test_no_change_asked_is_no_change_made() -> None:
-    x = torch.rand(2, 3, 4, 28, 28)
-    torch.testing.assert_close(tuning.augment(x, STILL, np.random.default_rng(0)), x, atol=1e-5, rtol=0)
-
-
-def test_a_flip_is_left_to_right_and_all_slices_of_a_subject_change_alike() -> None:
-    x = torch.rand(1, 3, 1, 28, 28).expand(1, 3, 4, 28, 28)
-    flipped = tuning.augment(x, STILL.model_copy(update={"flip": 1.0}), np.random.default_rng(0))
-    torch.testing.assert_close(flipped, x.flip(-1), atol=1e-4, rtol=0)
-    moving = Augment(noise=0.0)
-    changed = tuning.augment(x, moving, np.random.default_rng(0))
-    assert not torch.allclose(changed, x, atol=0.05)
-    torch.testing.assert_close(changed, changed[:, :, :1].expand_as(changed))
-
-
-def test_a_shift_and_a_turn_move_the_picture_that_far() -> None:
-    x = torch.zeros(1, 1, 1, 28, 28)
-    x[..., 10:14, 10:14] = 1.0
-    rng = np.random.default_rng(5)
-    drawn = np.random.default_rng(5)
-    drawn.uniform(-1, 1, 2)  # angle and scale
-    dx, dy = 2 * 0.2 * drawn.uniform(-1, 1, (1, 2))[0] * 28 / 2
-    moved = tuning.augment(x, STILL.model_copy(update={"shift": 0.2}), rng)[0, 0, 0]
-    rows, columns = torch.meshgrid(torch.arange(28.0), torch.arange(28.0), indexing="ij")
-    centre = [float((moved * of).sum() / moved.sum()) for of in (columns, rows)]
-    assert centre == pytest.approx([11.5 - dx, 11.5 - dy], abs=0.05)
-
-
 # ---- subjects and files ---------------------------------------------------------------------------------------------
 
 

@@ -7,7 +7,7 @@ are computed once) or `tuning`'s (from pixels). Everything tuned is tuned inside
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -264,7 +264,7 @@ def _learnt(work: Work, train: pd.DataFrame, judged: Sequence[Judged]) -> tuple[
                 "loss": [round(value, 6) for value in curve.loss],
                 "validation_auroc": [round(value, 6) for value in curve.validation_auroc],
                 "settled": spec.model_dump(mode="json"),
-                "start": _began(tuned),
+                "start": tuning.began(tuned.start, tuned.source),
             }
             if spec.keep:
                 tuning.save(tuned.model, work.folder / HEAD)
@@ -283,12 +283,6 @@ def _learnt(work: Work, train: pd.DataFrame, judged: Sequence[Judged]) -> tuple[
             found, chosen_by = [probe.predict(features) for features in others], probe.chosen_by
     # Chosen by inner folds of the training subjects.
     return found, {"chosen_by": chosen_by, "n_validation": 0}
-
-
-def _began(tuned: tuning.Tuned) -> dict[str, Any]:
-    """What a manifest says of where a network started: enough to build it again."""
-    start = {name: v for name, v in asdict(tuned.start).items() if name not in ("weights", "pretrained")}
-    return start | {"source": tuned.source and asdict(tuned.source)}
 
 
 def _vectors(work: Work, parts: Sequence[tuple[Cohort, pd.DataFrame]]) -> list[Array]:

@@ -28,10 +28,10 @@ Adaptation = Literal["linear", "knn", "attention", "finetune", "lora", "conv"]
 # task -> what it can be learnt by from a backbone.
 ADAPTATIONS: Mapping[str, tuple[Adaptation, ...]] = {
     "classification": ("linear", "knn", "attention", "finetune", "lora"),
-    "segmentation": ("linear", "conv"),
+    "segmentation": ("linear", "conv", "finetune", "lora"),
 }
 # On features that are computed once; the others train a network from the pixels.
-FROZEN: frozenset[Adaptation] = frozenset({"linear", "knn", "attention"})
+FROZEN: frozenset[Adaptation] = frozenset({"linear", "knn", "attention", "conv"})
 # Rows of the table without a backbone, and the one way each is learnt: they stand whatever `sweep.adaptation` says.
 WITHOUT_BACKBONE: Mapping[str, Adaptation] = {"covariates": "linear", "volumes": "linear", "cnn": "finetune"}
 # init -> what its pretraining starts from.
@@ -375,21 +375,54 @@ class Segmentation(Frozen):
 Task = Annotated[Classification | Segmentation, Field(discriminator="task")]
 
 
+class Augment(Frozen):
+    """Changes of a subject's slices in fine-tuning, all its slices alike. Never a crop that is stretched to size."""
+
+    flip: float = Field(0.5, ge=0, le=1)  # left and right; 0 where the side of a finding matters
+    rotate: float = Field(10.0, ge=0, le=180)  # degrees, at most
+    scale: float = Field(0.1, ge=0, lt=1)  # at most, as a share
+    shift: float = Field(0.05, ge=0, lt=1)  # at most, as a share of the width
+    gamma: float = Field(0.3, ge=0)
+    contrast: float = Field(0.2, ge=0)
+    bias_field: float = Field(0.2, ge=0)
+    blur: float = Field(1.0, ge=0)
+    noise: float = Field(0.02, ge=0)
+
+
+class TunedDecoder(Frozen):
+    """A segmentation learnt from the pixels: `finetune` and `lora` under the decoder of `conv`, `cnn` by a U-Net."""
+
+    steps: int = Field(1000, ge=1)
+    batch_size: int = Field(8, ge=2)  # slices
+    lr: float = Field(1e-4, gt=0)  # of the backbone's last layer; the decoder has its own
+    lora_lr: float = Field(1e-3, gt=0)
+    cnn_lr: float = Field(1e-3, gt=0)
+    layer_decay: float = Field(0.65, gt=0, le=1)
+    drop_path: float = Field(0.1, ge=0, lt=1)  # of finetune; the same in all blocks
+    rank: int = Field(8, ge=1)
+    alpha: float = Field(16.0, gt=0)  # updates are scaled by alpha / rank
+    precision: Literal["bf16", "fp32"] = "bf16"  # on a GPU; the CPU takes fp32
+    augment: Augment = Augment()  # of a slice and the labels drawn on it
+    # What finetune and cnn learnt, for `cranium predict`: as adapt.finetune.keep. LoRA's is always kept.
+    keep: bool = False
+
+
 class Decoder(Frozen):
     """What turns patch tokens into label maps, and how it is trained: nothing of it is tuned on the test subjects."""
 
-    # How many depths of the ViT, spread evenly, the last among them; None: 1 for linear, 4 for conv.
+    # How many depths of the ViT, spread evenly, the last among them; None: 1 for linear, else 4.
     depths: int | None = Field(None, ge=1)
-    width: int = Field(64, ge=8)  # of conv
+    width: int = Field(64, ge=8)  # of all but linear
     steps: int = Field(500, ge=1)
     batch_size: int = Field(16, ge=2)
     lr: float = Field(1e-3, gt=0)
     weight_decay: float = Field(1e-2, ge=0)
     warmup: float = Field(0.05, ge=0, lt=1)  # share of the steps
     foreground: float = Field(0.5, gt=0, le=1)  # share of a batch drawn from slices that hold a class
+    tuned: TunedDecoder = TunedDecoder()
 
     def num_depths(self, adaptation: Adaptation) -> int:
-        return self.depths or (4 if adaptation == "conv" else 1)
+        return self.depths or (1 if adaptation == "linear" else 4)
 
 
 class Probe(Frozen):
@@ -416,20 +449,6 @@ class Attention(Frozen):
     look_every: int = Field(10, ge=1)  # steps
     batch_size: int = Field(64, ge=1)  # subjects
     inner_folds: int = Field(3, ge=2)
-
-
-class Augment(Frozen):
-    """Changes of a subject's slices in fine-tuning, all its slices alike. Never a crop that is stretched to size."""
-
-    flip: float = Field(0.5, ge=0, le=1)  # left and right; 0 where the side of a finding matters
-    rotate: float = Field(10.0, ge=0, le=180)  # degrees, at most
-    scale: float = Field(0.1, ge=0, lt=1)  # at most, as a share
-    shift: float = Field(0.05, ge=0, lt=1)  # at most, as a share of the width
-    gamma: float = Field(0.3, ge=0)
-    contrast: float = Field(0.2, ge=0)
-    bias_field: float = Field(0.2, ge=0)
-    blur: float = Field(1.0, ge=0)
-    noise: float = Field(0.02, ge=0)
 
 
 Setting = Literal[
@@ -659,7 +678,8 @@ class Sweep(Frozen):
         """How a task is learnt from an initialisation: of the declared ways those that it can be learnt by."""
         known = ADAPTATIONS[task.task]
         if init in WITHOUT_BACKBONE:
-            return (WITHOUT_BACKBONE[init],) if isinstance(task, Classification) else ()
+            way = WITHOUT_BACKBONE[init]
+            return (way,) if isinstance(task, Classification) or init == "cnn" else ()
         return tuple(adaptation for adaptation in self.adaptation if adaptation in known)
 
     @field_validator("label_fractions")

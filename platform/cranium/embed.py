@@ -161,11 +161,12 @@ def load(
         pretrained=pretrained,
     )
     if pretrained:
-        _same_preprocessing(pretrained, manifest)
+        require_same_preprocessing(pretrained, manifest)
     return found
 
 
-def _same_preprocessing(pretrained: Artefact, manifest: dict[str, Any]) -> None:
+def require_same_preprocessing(pretrained: Artefact, manifest: dict[str, Any]) -> None:
+    """Raises `UserError(PREPROCESSING)` unless a shard set was made as that which a backbone was pretrained on."""
     card = checkpoint.read_card(pretrained.path)
     for key in ("preprocessing_hash", "channels"):
         if card[key] != manifest[key]:

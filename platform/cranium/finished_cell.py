@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 
 import cranium
-from cranium import adapt, checkpoint, sessions, store
+from cranium import adapt, checkpoint, sessions, store, tuning
 from cranium.config import Ingest, Machine, Segmentation, UserError
 from cranium.models.vit import Backbone
 from cranium.store import Artefact
@@ -123,6 +123,24 @@ def pretrained(trained: Trained, source: Mapping[str, Any]) -> Artefact | None:
     if not made.done:
         raise UserError("NO_WEIGHTS", f"{made.id}, whose weights the cell learnt with, is not in this store")
     return made
+
+
+def start(trained: Trained, machine: Machine) -> tuple[tuning.Start, dict[str, Any] | None]:
+    """Where a network that was trained started, and what is written down of the weights it started from."""
+    facts = trained.manifest["start"]
+    source: dict[str, Any] | None = facts["source"]
+    before = pretrained(trained, source) if source else None
+    return tuning.again(facts, machine.weights, before.path if before else None), source
+
+
+def require_kept(trained: Trained, head: Path, key: str | None) -> None:
+    """Raises `UserError` where a cell has not kept what it learnt (NO_HEAD), which `key` asks for, or it changed."""
+    name, sha256 = trained.cell.path.name, trained.manifest.get("head_sha256")
+    if sha256 is None:
+        mend = f"run its sweep with {key}=true" if key else "run its sweep again"
+        raise UserError("NO_HEAD", f"{name} has not kept what it learnt; {mend}")
+    if not head.is_file() or store.sha256(head) != sha256:
+        raise UserError("WEIGHTS_DAMAGED", f"{head} is not what the cell kept; remove the cell, sweep again")
 
 
 def require_same(source: Mapping[str, Any], found: checkpoint.Source | None) -> None:

@@ -239,6 +239,20 @@ def embed(
     return features
 
 
+def _require_same_preprocessing(grid: Grid) -> None:
+    """Of networks that are trained from the pixels; `embed` asks it of features."""
+    from cranium import embed as stage
+
+    pairs = {
+        (work.start.pretrained, cohort.shard_set)
+        for work in grid.missing
+        for cohort in (work.cohort, *work.external)
+        if work.start and work.start.pretrained
+    }
+    for pretrained, shard_set in sorted(pairs):
+        stage.require_same_preprocessing(Artefact(pretrained), store.read_manifest(shard_set))
+
+
 def sweep(study: Study, sets: Mapping[str, Artefact] | None = None, features: Features | None = None) -> Grid:
     """Every cell of the declared grid that is not there yet."""
     from cranium import sweep as stage
@@ -260,6 +274,7 @@ def sweep(study: Study, sets: Mapping[str, Artefact] | None = None, features: Fe
         if any(work.cell.adaptation not in FROZEN for work in grid.missing):
             for cohort in {c.name for work in grid.missing for c in (work.cohort, *work.external)}:
                 trust.check(sets[cohort])
+            _require_same_preprocessing(grid)
         with (
             store.lock(study.machine.store, grid.artefact.id),
             study.stage(f"sweep ({cells} of {len(grid.works)} cells)") as tell,

@@ -163,7 +163,7 @@ def to_embed(exp: Experiment) -> list[tuple[str, str, Adaptation | None]]:
                     frozen = init != "covariates" and FROZEN & set(exp.sweep.adaptations(task, init))
                     ways: tuple[Adaptation | None, ...] = (None,) if frozen else ()
                 case Segmentation():
-                    ways = exp.sweep.adaptations(task, init)
+                    ways = tuple(way for way in exp.sweep.adaptations(task, init) if way in FROZEN)
             found += [(init, cohort, way) for cohort in (task.cohort, *task.external) for way in ways]
     return list(dict.fromkeys(found))
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cranium import adapt, embed, finished_cell, new_scans, probing, sessions, store, tuning
+from cranium import adapt, embed, finished_cell, new_scans, probing, sessions, tuning
 from cranium.config import (
     Adaptation,
     Attention,
@@ -97,12 +97,7 @@ def _require_kept(made: Trained, head: Path) -> None:
         raise UserError(
             "NO_HEAD", f"{made.cell.path.name} looks at {cell['init']}, not at slices; name another"
         )
-    if made.manifest.get("head_sha256") is None:
-        key = f"adapt.{cell['adaptation']}.keep=true"
-        mend = f"run its sweep with {key}" if "keep" in spec else "run its sweep again"
-        raise UserError("NO_HEAD", f"{made.cell.path.name} has not kept what it learnt; {mend}")
-    if not head.is_file() or store.sha256(head) != made.manifest["head_sha256"]:
-        raise UserError("WEIGHTS_DAMAGED", f"{head} is not what the cell kept; remove the cell, sweep again")
+    finished_cell.require_kept(made, head, f"adapt.{cell['adaptation']}.keep" if "keep" in spec else None)
 
 
 class Features:
@@ -142,14 +137,8 @@ class Network:
     def __init__(
         self, made: Trained, machine: Machine, task: Classification, spec: Finetune, head: Path
     ) -> None:
-        begun = dict(made.manifest["start"])
-        self.spec, self.source, self.shown = spec, begun.pop("source"), made.shown
-        before = finished_cell.pretrained(made, self.source) if self.source else None
-        self.start = tuning.Start(
-            **(begun | {"features": tuple(begun["features"])}),
-            weights=machine.weights,
-            pretrained=before.path if before else None,
-        )
+        self.spec, self.shown = spec, made.shown
+        self.start, self.source = finished_cell.start(made, machine)
         self.model, found = tuning.build(
             self.start,
             spec,

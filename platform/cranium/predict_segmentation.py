@@ -8,10 +8,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from safetensors.torch import load_file
 
-from cranium import finished_cell, new_scans, restitch, segmenting, store, tokens
+from cranium import decoding, finished_cell, new_scans, restitch, segmenting, tokens, tuning, tuning_maps
 from cranium.config import Cell, Decoder, Machine
 from cranium.figures import overlay
 from cranium.finished_cell import Trained
@@ -20,22 +19,17 @@ BATCH = 16  # slices in one forward pass
 
 
 class Model:
-    """Backbone and decoder of a cell, on the device there is."""
+    """What a cell learnt and what it learnt it on, on the device there is."""
 
     def __init__(self, made: Trained, machine: Machine) -> None:
-        self.made, manifest = made, made.manifest
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.backbone = finished_cell.backbone(made, machine).to(self.device)
-        shape, self.depths = made.embedded["shape"], made.embedded["depths"]
-        self.pixels = int(made.embedded["pixels"])
-        cell, spec = Cell.model_validate(manifest["cell"]), Decoder.model_validate(manifest["decoder"])
-        self.decoder = segmenting.build(spec, cell, made.segmentation, dim=shape[3], num_depths=shape[1])
-        self.decoder.load_state_dict(load_file(made.cell.path / segmenting.DECODER))
-        self.decoder.to(self.device).eval()
+        self.made, head = made, made.cell.path / segmenting.DECODER
+        tuned = made.manifest.get("start") is not None
+        finished_cell.require_kept(made, head, "adapt.decoder.tuned.keep" if tuned else None)
+        self.judge: Judge = (Network if tuned else Tokens)(made, machine, head)
 
     def predict(self, seen: new_scans.Seen, out: Path) -> dict[str, Any]:
         """Write `<name>_dseg.nii.gz` and its PNG into `out`; what its JSON says."""
-        probabilities = self.probabilities(seen)
+        probabilities = decoding.probabilities(self.judge(seen), seen.stacks.shape[-1])
         at = restitch.place(seen.row)
         classes = at.to_native(probabilities)
         path = out / f"{seen.name}_dseg.nii.gz"
@@ -49,20 +43,67 @@ class Model:
             "labels": numbers,
             "ml": {name: round(float((classes == k).sum()) * voxel, 3) for name, k in numbers.items()},
             "on_voxels_of": at.channel,
-            "head_sha256": store.sha256(self.made.cell.path / segmenting.DECODER),
+            "head_sha256": self.made.manifest["head_sha256"],
             "files": {"map": path.name, "picture": picture.name},
-            **finished_cell.provenance(self.made, self.made.embedded["source"]),
+            **finished_cell.provenance(self.made, self.judge.source),
         }
 
-    def probabilities(self, seen: new_scans.Seen) -> NDArray[np.float32]:
-        """Class probabilities [K, n, H, W] of a session's slices."""
-        stacks = seen.filled(seen.stacks, self.made.embedded["fill"]).numpy()
+
+class Tokens:
+    """A decoder on the tokens of a frozen backbone."""
+
+    def __init__(self, made: Trained, machine: Machine, head: Path) -> None:
+        about, cell = made.embedded, Cell.model_validate(made.manifest["cell"])
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.backbone = finished_cell.backbone(made, machine).to(self.device)
+        self.source, self.depths, self.fill = about["source"], about["depths"], about["fill"]
+        self.pixels, shape = int(about["pixels"]), about["shape"]
+        self.decoder = decoding.build(
+            Decoder.model_validate(made.manifest["decoder"]),
+            cell.adaptation,
+            dim=shape[3],
+            num_depths=shape[1],
+            num_classes=len(made.segmentation.classes) + 1,
+            seed=cell.seed,
+        )
+        self.decoder.load_state_dict(load_file(head))
+        self.decoder.to(self.device).eval()
+
+    def __call__(self, seen: new_scans.Seen) -> Iterator[torch.Tensor]:
+        """Class scores of a session's slices, part by part."""
+        stacks = seen.filled(seen.stacks, self.fill).numpy()
         found = tokens.encode(self.backbone, stacks, self.depths, BATCH, self.device)
+        for begin in range(0, len(found), BATCH):
+            part = torch.from_numpy(found[begin : begin + BATCH]).to(self.device).float()
+            with torch.inference_mode():
+                yield self.decoder(part.transpose(0, 1), self.pixels)
 
-        def parts() -> Iterator[torch.Tensor]:
-            for begin in range(0, len(found), BATCH):
-                part = torch.from_numpy(found[begin : begin + BATCH]).to(self.device).float()
-                with torch.inference_mode():
-                    yield self.decoder(part.transpose(0, 1), self.pixels)
 
-        return segmenting.probabilities(parts(), stacks.shape[-1])
+class Network:
+    """A network that was trained from the pixels: what it started from, and over it what it learnt."""
+
+    def __init__(self, made: Trained, machine: Machine, head: Path) -> None:
+        cell, self.spec = (
+            Cell.model_validate(made.manifest["cell"]),
+            Decoder.model_validate(made.manifest["decoder"]),
+        )
+        self.start, self.source = finished_cell.start(made, machine)
+        self.model, found = tuning_maps.build(
+            self.start,
+            self.spec,
+            cell.adaptation,
+            made.shards["shape"],
+            num_classes=len(made.segmentation.classes) + 1,
+            seed=cell.seed,
+        )
+        if self.source:
+            finished_cell.require_same(self.source, found)
+        tuning.load(self.model, head)
+        self.model.eval()
+
+    def __call__(self, seen: new_scans.Seen) -> Iterator[torch.Tensor]:
+        """Class scores of a session's slices, part by part."""
+        return tuning_maps.scores(self.model, seen.filled(seen.stacks, self.start.fill), self.spec)
+
+
+Judge = Tokens | Network

@@ -20,7 +20,7 @@ from numpy.typing import ArrayLike
 from cranium.figures import overlay, plots
 from cranium.figures.page import Plate, Section, Sheet, Table, Tile
 from cranium.segmenting import OVERLAYS, PREDICTIONS
-from cranium.tasks.comparison import rank
+from cranium.tasks.comparison import REFERENCES, cheapness, rank
 from cranium.tasks.metrics import Floats, Undefined
 from cranium.tasks.statistics import (
     Fold,
@@ -34,11 +34,17 @@ TEST = "test"
 HOW = {
     "linear": "linear decoder on frozen tokens",
     "conv": "convolutional decoder on frozen tokens",
+    "lora": "low-rank updates under a convolutional decoder",
+    "finetune": "fine-tuned under a convolutional decoder",
 }
 RULE = (
     "Scores are in 3-D on the scan's own voxels, against the original label file. A prediction that is empty where "
     "there is something to find is missed: Dice and surface Dice 0, HD95 the diagonal of the image, and it stays in "
     "the mean. Where neither has the class there is nothing to score: left out of the mean, and counted."
+)
+ACROSS = (
+    "Mean Dice over test folds. Read down a column to compare initialisations, along a row to compare adaptations. A "
+    "cnn has no backbone and is learnt in one way, whatever stands beside it."
 )
 COMPARED = (
     "Differences are paired: the same subjects in the same folds. The interval resamples subjects, the models being "
@@ -60,8 +66,8 @@ class Setting(NamedTuple):
     def words(self) -> str:
         grouped = "folds grouped by subject" if self.scheme == "subject" else f"leave one {self.scheme} out"
         share = "" if self.label_fraction == 1 else f", {100 * self.label_fraction:g} % of the labels"
-        how = HOW.get(self.adaptation, self.adaptation)
-        return f"{self.task.capitalize()} in {self.cohort} ({self.contrasts}), {how}, {grouped}{share}"
+        how = f", {HOW.get(self.adaptation, self.adaptation)}" if self.adaptation else ""
+        return f"{self.task.capitalize()} in {self.cohort} ({self.contrasts}){how}, {grouped}{share}"
 
 
 @dataclass(frozen=True)
@@ -134,7 +140,10 @@ def point(rows: pd.DataFrame, metric: str, resamples: int) -> Point:
 def sections(table: pd.DataFrame, ui: Any, resamples: int) -> tuple[list[Section], list[str]]:
     """Sections of the page, and the result in sentences. `ui`: run id -> what to show for it (`page.Link`)."""
     plates, pictures, tables, said = [], [], [], []
-    for setting, rows in _settings(table):
+    means: dict[
+        tuple[Setting, str], dict[tuple[str, str], Point]
+    ] = {}  # of the test folds, by init and adaptation
+    for setting, rows in _settings(beside_references(table)):
         regions, tests = list(dict.fromkeys(rows["region"])), list(dict.fromkeys(rows["test"]))
         found = {
             (test, region): [
@@ -146,6 +155,10 @@ def sections(table: pd.DataFrame, ui: Any, resamples: int) -> tuple[list[Section
         }
         for (test, region), points in found.items():
             plates.append(_plate(setting, test, region, points, rows, ui))
+        for (test, region), points in found.items():
+            if test == TEST:
+                of = means.setdefault((setting._replace(adaptation=""), region), {})
+                of |= {(p.init, setting.adaptation): p for p in points}
         said.append(_sentence(setting, found[TEST, rows["classes"].iloc[0][0]], rows))
         pairs = [pair for (test, _), points in found.items() if test == TEST for pair in _pairs(points, rows)]
         if pairs:
@@ -156,15 +169,48 @@ def sections(table: pd.DataFrame, ui: Any, resamples: int) -> tuple[list[Section
         Section("maps", "Segmentation", (RULE,), tuple(plates)),
         Section("pictures", "Best, median and worst", (), tuple(pictures)),
     ]
+    if ways := [found for found in (_by_adaptation(*item) for item in means.items()) if found]:
+        made.append(Section("map-adaptations", "Segmentation: adaptations", (ACROSS,), (), tuple(ways)))
     if tables:
         made.append(Section("map-tests", "Segmentation: comparisons", (COMPARED,), (), tuple(tables)))
     return made, said
 
 
+def beside_references(table: pd.DataFrame) -> pd.DataFrame:
+    """Rows of a CNN repeated beside every adaptation of their setting instead of their own, as in classification."""
+    own = table["init"].isin(REFERENCES)
+    keys = ["task", "home", "contrasts", "scheme", "label_fraction"]
+    ways = table.loc[~own, [*keys, "adaptation"]].drop_duplicates()
+    placed = table[own].merge(ways, how="left", on=keys, suffixes=("_own", ""))
+    placed["adaptation"] = placed["adaptation"].fillna(placed.pop("adaptation_own"))
+    return pd.concat([table[~own], placed[table.columns]], ignore_index=True)
+
+
+def _by_adaptation(where: tuple[Setting, str], found: Mapping[tuple[str, str], Point]) -> Table | None:
+    """Initialisations down, adaptations along; None where there is one adaptation only."""
+    setting, region = where
+    ways = sorted({way for _, way in found}, key=cheapness)
+    if len(ways) < 2:
+        return None
+    rows = [
+        (init, *(_cell(found[init, way]) if (init, way) in found else None for way in ways))
+        for init in sorted({init for init, _ in found} - set(REFERENCES), key=rank)
+    ]
+    for init in sorted({init for init, _ in found} & set(REFERENCES), key=rank):
+        rows.append((init, *[_cell(next(p for (i, _), p in found.items() if i == init))] * len(ways)))
+    return Table(("init", *ways), tuple(rows), f"{setting.words}: {region}")
+
+
+def _cell(point: Point) -> str:
+    return "undefined" if point.mean is None else f"{point.mean:.2f}{_span(point.interval)}"
+
+
 def _settings(table: pd.DataFrame) -> Iterator[tuple[Setting, pd.DataFrame]]:
     keys = ["task", "home", "contrasts", "scheme", "adaptation", "label_fraction"]
-    for key, rows in table.groupby(keys, sort=True):
-        yield Setting(*key), rows
+    found = [(Setting(*key), rows) for key, rows in table.groupby(keys, sort=False)]
+    yield from sorted(
+        found, key=lambda item: item[0]._replace(adaptation=f"{cheapness(item[0].adaptation):02}")
+    )
 
 
 def _by_init(rows: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:

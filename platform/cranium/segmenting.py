@@ -1,34 +1,34 @@
-"""One cell of segmentation: a light decoder on patch tokens, trained on slices, judged in 3-D on the scan's own voxels.
+"""One cell of segmentation: learnt from slices, judged in 3-D on the scan's own voxels.
+
+How it is learnt is `decoding`'s (on tokens that are computed once) or `tuning_maps`' (from the pixels).
 
 Each test subject's slices are put together again, taken back to the voxels the label file is drawn on, written as
-NIfTI and scored there, against that file. Kept per cell: `predictions.parquet` (a row per subject and region),
-`decoder.safetensors`, the label maps under `maps/`, and a picture of each subject under `overlays/`.
+NIfTI and scored there, against that file. Kept per cell: `predictions.parquet` (a row per subject and region), what was
+learnt in `decoder.safetensors`, the label maps under `maps/`, and a picture of each subject under `overlays/`.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from numpy.typing import NDArray
 from safetensors.torch import save_file
-from torch import nn
 
-from cranium import restitch, store, tokens
+from cranium import decoding, restitch, store, tuning, tuning_maps
 from cranium.config import Cell, Decoder, Segmentation, UserError
+from cranium.decoding import Fitted
 from cranium.figures import overlay
-from cranium.models import decoder as decoders
 from cranium.store import Artefact
 from cranium.tasks import segmentation, splits
 
-RECIPE = 1
+RECIPE = 2  # 2: the manifest holds the hash of what was learnt
 PREDICTIONS = "predictions.parquet"
 DECODER = "decoder.safetensors"
 MAPS, OVERLAYS = "maps", "overlays"
@@ -54,8 +54,13 @@ class Cohort:
 
     name: str
     shard_set: Path
-    tokens: Path
+    tokens: Path | None  # None where a network learns from the pixels
     label_files: LabelFiles
+
+    @property
+    def shown(self) -> Path:
+        """What a model of it is shown: tokens, or the stacks themselves."""
+        return self.tokens or self.shard_set
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,7 @@ class Work:
     external: tuple[Cohort, ...]
     folder: Path
     tags: tuple[tuple[str, str], ...] = ()
+    start: tuning.Start | None = None  # of a network that is trained
 
 
 def subjects(shard_set: Path, task: Segmentation) -> pd.DataFrame:
@@ -94,7 +100,7 @@ def subjects(shard_set: Path, task: Segmentation) -> pd.DataFrame:
 
 
 def run_cell(work: Work, folds: Mapping[str, int]) -> dict[str, float | None]:
-    """Train one cell's decoder and judge it; write its predictions and manifest; return its metrics.
+    """Learn one cell and judge it; write its predictions and manifest; return its metrics.
 
     A cell whose manifest is there is returned as it is.
     """
@@ -117,7 +123,7 @@ def run_cell(work: Work, folds: Mapping[str, int]) -> dict[str, float | None]:
     predictions = pd.DataFrame([row for part in parts for row in part])
     scores = _metrics(predictions, work.task.classes)
     predictions.to_parquet(work.folder / PREDICTIONS)
-    save_file(fitted.decoder, work.folder / DECODER)
+    head = _keep(work, fitted)
     (work.folder / MAPS / "dseg.tsv").write_text(_legend(work.task))
     store.commit(
         work.folder,
@@ -127,12 +133,14 @@ def run_cell(work: Work, folds: Mapping[str, int]) -> dict[str, float | None]:
             "task": work.task.model_dump(mode="json"),
             "classes": list(work.task.classes),  # of the label maps, from 1; JSON sorts the task's own
             "decoder": work.decoder.model_dump(mode="json"),
+            "head_sha256": store.sha256(head) if head else None,
+            "start": tuning.began(work.start, fitted.source) if work.start else None,
             "counts": {
                 "n_train": len(train),
                 "n_train_positive": int(train["label"].sum()),
                 "n_train_slices": fitted.slices,
                 "n_train_slices_positive": fitted.positive,
-                "n_validation": 0,  # nothing is chosen: the last step's decoder is the one that is judged
+                "n_validation": 0,  # nothing is chosen: what the last step leaves is judged
                 "n_test": len(test),
                 "n_test_positive": int(test["label"].sum()),
             },
@@ -143,23 +151,15 @@ def run_cell(work: Work, folds: Mapping[str, int]) -> dict[str, float | None]:
             },
             "losses": [round(value, 5) for value in fitted.losses],
             "tags": dict(work.tags),
-            "inputs": [[c.shard_set.name, c.tokens.name] for c in (work.cohort, *work.external)],
+            "inputs": [
+                [c.shard_set.name, c.tokens.name if c.tokens else None] for c in (work.cohort, *work.external)
+            ],
         },
     )
     return scores
 
 
 # ---- data -----------------------------------------------------------------------------------------------------------
-
-
-@functools.lru_cache(maxsize=4)
-def _tokens(folder: Path) -> tuple[dict[tuple[str, str], slice], NDArray[np.float16]]:
-    """Where each session's rows are, and all rows. Cached: a trial's process runs many cells."""
-    rows, values = tokens.read(folder)
-    places: dict[tuple[str, str], slice] = {}
-    for key, index in rows.groupby(["subject", "session"], sort=False).indices.items():
-        places[key] = slice(int(index[0]), int(index[-1]) + 1)
-    return places, values
 
 
 @functools.lru_cache(maxsize=512)
@@ -173,94 +173,51 @@ def _keys(table: pd.DataFrame) -> Iterator[tuple[str, str]]:
     yield from zip(table["subject"], table["session"], strict=True)
 
 
-# ---- training -------------------------------------------------------------------------------------------------------
+# ---- learning -------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Fitted:
-    """`scores`: of a session's rows, [n, K, H, W] for every part of them; what it was trained on, and how it went."""
-
-    scores: Callable[[Cohort, tuple[str, str]], Iterator[torch.Tensor]]
-    decoder: dict[str, torch.Tensor]
-    losses: list[float]
-    slices: int
-    positive: int
-
-
-def build(spec: Decoder, cell: Cell, task: Segmentation, *, dim: int, num_depths: int) -> nn.Module:
-    """The untrained decoder of a cell, drawn by its seed."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(cell.seed)
-        return decoders.build(
-            "conv" if cell.adaptation == "conv" else "linear",
-            dim=dim,
-            num_depths=num_depths,
-            num_classes=len(task.classes) + 1,
-            width=spec.width,
+def _fit(work: Work, train: pd.DataFrame) -> Fitted:
+    home, cell, table = work.cohort, work.cell, _lookup(work.cohort, work.task)
+    keys = list(_keys(train))
+    labels = table[np.concatenate([_labels(home.shard_set, *key) for key in keys])]
+    num_classes = len(work.task.classes) + 1
+    if work.start is None:
+        return decoding.fit(
+            home.shown, keys, labels, work.decoder, cell.adaptation, num_classes=num_classes, seed=cell.seed
         )
-
-
-def _fit(work: Work, train: pd.DataFrame) -> _Fitted:
-    spec, home = work.decoder, work.cohort
-    places, values = _tokens(home.tokens)
-    table = _lookup(home, work.task)
-    rows = np.concatenate([np.arange(places[key].start, places[key].stop) for key in _keys(train)])
-    labels = table[np.concatenate([_labels(home.shard_set, *key) for key in _keys(train)])]
-    size, device = labels.shape[-1], torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = build(spec, work.cell, work.task, dim=values.shape[3], num_depths=values.shape[1]).to(device)
-
-    def scores(of: NDArray[np.float16]) -> torch.Tensor:
-        found: torch.Tensor = model(torch.from_numpy(of).to(device).float().transpose(0, 1), covered)
-        return found
-
-    covered = store.read_manifest(home.tokens)["pixels"]
-    cut = (size - covered) // 2
-    inside = labels[:, cut : cut + covered, cut : cut + covered]
-    positive = inside.any(axis=(1, 2))
-    shares = np.bincount(inside.ravel(), minlength=len(work.task.classes) + 1) / inside.size
-    decoders.start_at(model, shares.tolist())
-    how = segmentation.Fit(
-        spec.steps, spec.batch_size, spec.weight_decay, spec.warmup, spec.foreground, work.cell.seed
+    return tuning_maps.fit(
+        work.start,
+        home.shown,
+        keys,
+        labels,
+        work.decoder,
+        cell.adaptation,
+        num_classes=num_classes,
+        seed=cell.seed,
     )
-    model.train()
-    losses = segmentation.fit(
-        lambda batch: scores(values[rows[batch]]),
-        lambda batch: inside[batch],
-        positive,
-        [{"params": list(model.parameters()), "lr": spec.lr}],
-        how,
-    )
-    model.eval()
 
-    def predict(cohort: Cohort, key: tuple[str, str]) -> Iterator[torch.Tensor]:
-        of, every = _tokens(cohort.tokens)
-        for begin in range(of[key].start, of[key].stop, spec.batch_size):
-            with torch.inference_mode():
-                yield scores(np.array(every[begin : min(begin + spec.batch_size, of[key].stop)]))
 
-    weights = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
-    return _Fitted(predict, weights, losses, len(rows), int(positive.sum()))
+def _keep(work: Work, fitted: Fitted) -> Path | None:
+    """Write what was learnt, unless it is as large as a backbone and nobody asked for it."""
+    path = work.folder / DECODER
+    if work.start is not None:
+        if work.cell.adaptation != "lora" and not work.decoder.tuned.keep:
+            return None
+        tuning.save(fitted.model, path)
+        return path
+    save_file({name: t.cpu().contiguous() for name, t in fitted.model.state_dict().items()}, path)
+    return path
 
 
 def _lookup(cohort: Cohort, task: Segmentation) -> NDArray[np.uint8]:
     return segmentation.lookup(task.classes, store.read_manifest(cohort.shard_set)["classes"])
 
 
-def probabilities(parts: Iterator[torch.Tensor], size: int) -> NDArray[np.float32]:
-    """Class probabilities [K, n, size, size]; the margin that no patch covers is background."""
-    found = torch.cat([part.float().softmax(1).cpu() for part in parts])
-    cut = (size - found.shape[-1]) // 2
-    whole = torch.zeros(*found.shape[:2], size, size)
-    whole[:, 0] = 1
-    whole[:, :, cut : cut + found.shape[-1], cut : cut + found.shape[-1]] = found
-    return np.ascontiguousarray(whole.transpose(0, 1).numpy())
-
-
 # ---- judging --------------------------------------------------------------------------------------------------------
 
 
 def _judged(
-    fitted: _Fitted, work: Work, cohort: Cohort, table: pd.DataFrame, role: str
+    fitted: Fitted, work: Work, cohort: Cohort, table: pd.DataFrame, role: str
 ) -> Iterator[dict[str, Any]]:
     """Rows of `predictions.parquet`: each subject's label map written, scored in 3-D and pictured."""
     made = Artefact(cohort.shard_set)
@@ -277,7 +234,7 @@ def _judged(
             stacks,
             manifest["preprocessing"]["orientation"],
         )
-        found = probabilities(fitted.scores(cohort, key), stacks.labels.shape[-1])
+        found = decoding.probabilities(fitted.scores(cohort.shown, key), stacks.labels.shape[-1])
         predicted = truth.place.to_native(found)
         who = name(*key) if role == "test" else f"{cohort.name}_{name(*key)}"
         written = work.folder / MAPS / f"{who}_dseg.nii.gz"

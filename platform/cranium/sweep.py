@@ -12,9 +12,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
-from cranium import adapt, checkpoint, leakage, meters, segmenting, store, sweep_progress, tuning
+from cranium import adapt, checkpoint, leakage, meters, segmenting, store, sweep_progress, tuning, tuning_maps
 from cranium.config import (
     FROZEN,
     WITHOUT_BACKBONE,
@@ -104,7 +105,7 @@ def declare(
     assert exp.sweep and exp.adapt
     folds, stamps = assign(exp, shard_sets)
     works = [
-        _segmentation(exp, machine, task, cell, mine, shard_sets, features, label_files or {})
+        _segmentation(exp, machine, task, cell, mine, shard_sets, features, label_files or {}, weights or {})
         if isinstance(task, Segmentation)
         else _classification(exp, machine, task, cell, mine, shard_sets, features, weights or {})
         for task in exp.adapt.tasks
@@ -198,12 +199,16 @@ def _segmentation(
     shard_sets: Mapping[str, Artefact],
     features: Features,
     label_files: Mapping[str, segmenting.LabelFiles],
+    weights: Weights,
 ) -> segmenting.Work:
     assert exp.adapt
+    frozen, spec = cell.adaptation in FROZEN, exp.adapt.decoder
+
+    def tokens(name: str) -> Path | None:
+        return features[cell.init, name, cell.adaptation].path if frozen else None
+
     cohorts = [
-        segmenting.Cohort(
-            name, shard_sets[name].path, features[cell.init, name, cell.adaptation].path, label_files[name]
-        )
+        segmenting.Cohort(name, shard_sets[name].path, tokens(name), label_files[name])
         for name in (task.cohort, *task.external)
     ]
     key = {
@@ -211,18 +216,23 @@ def _segmentation(
         "cell": cell,
         "task": task,
         "classes": list(task.classes),  # their order numbers them, and a mapping has none here
-        "decoder": exp.adapt.decoder,
+        "decoder": spec.model_dump(mode="json", exclude={"tuned"} if frozen else {"steps", "batch_size"}),
         "folds": splits.digest(folds),
-        "cohorts": [[c.shard_set.name, c.tokens.name] for c in cohorts],
+        "cohorts": [[c.shard_set.name, c.tokens.name if c.tokens else None] for c in cohorts],
     }
+    start = None
+    if not frozen:
+        start = _start(exp, machine, cell.init, weights.get(cell.init))
+        key |= {"start": _identity(start), "tuning": tuning_maps.RECIPE}
     return segmenting.Work(
         cell,
         task,
-        exp.adapt.decoder,
+        spec,
         cohorts[0],
         tuple(cohorts[1:]),
         store.artefact(machine.store, "adapt", cell.name, key).path,
         (("cell", fingerprint(key)[:16]), ("manifest", cohorts[0].shard_set.name)),
+        start,
     )
 
 

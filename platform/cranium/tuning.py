@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,14 +19,14 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from cranium import checkpoint, embed, sessions
-from cranium.config import Augment, Fill, Finetune, Lora, UserError
-from cranium.dinov2 import intensity
+from cranium.augment import augment
+from cranium.config import Fill, Finetune, Lora, UserError
 from cranium.models import lora
-from cranium.models.classifier import Classifier, Pool, parameter_groups, trained
+from cranium.models.classifier import Classifier, Pool, learnt, parameter_groups, trained
 from cranium.models.cnn import SliceCNN
 from cranium.models.vit import Backbone
 from cranium.store import Artefact
@@ -124,21 +124,33 @@ def build(
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), source
 
 
-def save(model: Classifier, path: Path) -> None:
+def began(start: Start, source: checkpoint.Source | None) -> dict[str, Any]:
+    """What a manifest says of where a network started: enough to build it again."""
+    facts = {name: v for name, v in asdict(start).items() if name not in ("weights", "pretrained")}
+    return facts | {"source": source and asdict(source)}
+
+
+def again(facts: Mapping[str, Any], weights: Path | None, pretrained: Path | None) -> Start:
+    """The start that `began` wrote down."""
+    own = {name: value for name, value in facts.items() if name != "source"}
+    return Start(**(own | {"features": tuple(own["features"])}), weights=weights, pretrained=pretrained)
+
+
+def save(model: nn.Module, path: Path) -> None:
     """Keep what was learnt, and nothing that `build` makes again: of LoRA the updates, not the backbone below."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: p.detach().cpu().contiguous() for name, p in trained(model)}, path)
+    save_file({name: tensor.cpu().contiguous() for name, tensor in learnt(model).items()}, path)
 
 
-def load(model: Classifier, path: Path) -> None:
+def load(model: nn.Module, path: Path) -> None:
     """Give a network that `build` made what `save` kept of the one that learnt. Raises `UserError(WEIGHTS_MISFIT)`."""
-    kept, parameters = load_file(path), dict(trained(model))
-    if {n: t.shape for n, t in kept.items()} != {n: p.shape for n, p in parameters.items()}:
+    kept, ours = load_file(path), learnt(model)
+    if {n: t.shape for n, t in kept.items()} != {n: t.shape for n, t in ours.items()}:
         raise UserError(
             "WEIGHTS_MISFIT", f"{path} holds other tensors than this cell's network; run it again"
         )
-    for name, parameter in parameters.items():
-        parameter.data.copy_(kept[name])
+    for name, tensor in ours.items():
+        tensor.copy_(kept[name])
 
 
 def _read(
@@ -283,7 +295,7 @@ def _loss(
     keep = None
     if spec.drop_path and isinstance(model.encoder, Backbone):
         keep = torch.from_numpy(rng.random((2 * model.depth, n * k)) >= spec.drop_path)
-    with _autocast(device, spec):
+    with autocast(device, spec.precision):
         logits = model(x, torch.arange(n, device=device).repeat_interleave(k), n, keep)
     labels = torch.from_numpy(train.labels[subjects]).long().to(device)
     each = functional.cross_entropy(
@@ -292,38 +304,9 @@ def _loss(
     return (each * weights[labels]).mean()
 
 
-def augment(x: Tensor, spec: Augment, rng: np.random.Generator) -> Tensor:
-    """Change `x` [n, C, k, H, W] in 0..1 (a subject's k slices alike): flip, turn, scale, shift, then intensities.
-
-    Its last axis is left to right, as in RAS.
-    """
-    n, channels = x.shape[:2]
-    angle = np.deg2rad(spec.rotate) * rng.uniform(-1, 1, n)
-    scale = 1 + spec.scale * rng.uniform(-1, 1, n)
-    shift = 2 * spec.shift * rng.uniform(-1, 1, (n, 2))
-    mirror = np.where(rng.random(n) < spec.flip, -1.0, 1.0)
-    drawn = rng.random((1, n, intensity.num_draws(channels)))
-    cos, sin = np.cos(angle) / scale, np.sin(angle) / scale
-    theta = np.stack(
-        [np.stack([mirror * cos, -sin, shift[:, 0]], 1), np.stack([mirror * sin, cos, shift[:, 1]], 1)], 1
-    )
-    flat = x.flatten(1, 2)
-    matrix = torch.from_numpy(theta).to(x.device, x.dtype)
-    grid = functional.affine_grid(matrix, list(flat.shape), align_corners=False)
-    moved = functional.grid_sample(flat, grid, padding_mode="zeros", align_corners=False).view(x.shape)
-    return intensity.change(
-        moved[None],
-        intensity.changes(drawn, channels),
-        gamma=spec.gamma,
-        contrast=spec.contrast,
-        bias_field=spec.bias_field,
-        blur=spec.blur,
-        noise=spec.noise,
-    )[0]
-
-
-def _autocast(device: torch.device, spec: Finetune) -> torch.autocast:
-    enabled = device.type == "cuda" and spec.precision == "bf16"
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """bf16 where it is wanted and a GPU is there."""
+    enabled = device.type == "cuda" and precision == "bf16"
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 
@@ -348,7 +331,7 @@ def judged(model: Classifier, stacks: Tensor, spec: Finetune) -> tuple[Array, Ar
     parts = []
     for begin in range(0, len(stacks), CHUNK):
         x = stacks[begin : begin + CHUNK].to(device).flatten(1, 2).float() / 255
-        with _autocast(device, spec):
+        with autocast(device, spec.precision):
             parts.append(model.encode(embed.fit(x, int(model.encoder.patch_size))).float())
     features = torch.cat(parts)
     index = torch.zeros(len(features), dtype=torch.int64, device=device)

@@ -54,8 +54,7 @@ def test_the_loss_is_dice_of_the_batch_and_cross_entropy() -> None:
     labels = rng.integers(0, 3, (4, 6, 6)).astype(np.uint8)
     offset = torch.zeros(3, requires_grad=True)
     (first,) = segmentation.fit(
-        lambda rows: scores[rows] + offset[:, None, None],
-        lambda rows: labels[rows],
+        lambda _, rows: (scores[rows] + offset[:, None, None], torch.from_numpy(labels[rows])),
         np.ones(4, bool),
         [{"params": [offset], "lr": 1e-3}],
         how(steps=1, batch_size=4),
@@ -73,8 +72,7 @@ def test_a_fit_learns_and_its_rate_ends_near_zero() -> None:
     inputs = torch.from_numpy(labels.astype(np.float32))[:, None]
     layer = torch.nn.Conv2d(1, 2, 1)
     losses = segmentation.fit(
-        lambda rows: layer(inputs[rows]),
-        lambda rows: labels[rows],
+        lambda _, rows: (layer(inputs[rows]), torch.from_numpy(labels[rows])),
         labels.any(axis=(1, 2)),
         [{"params": list(layer.parameters()), "lr": 0.3}],
         how(steps=60),

@@ -85,8 +85,7 @@ def parameter_groups(model: Classifier, layer_decay: float, weight_decay: float)
     groups: dict[tuple[float, float], dict[str, Any]] = {}
     for name, parameter in trained(model):
         multiplier = layer_decay ** (model.depth + 1 - layer(name, model.depth))
-        spared = parameter.ndim <= 1 or name.endswith(("cls_token", "reg_token", "pos_embed"))
-        decay = 0.0 if spared else weight_decay
+        decay = 0.0 if undecayed(name, parameter) else weight_decay
         group = groups.setdefault(
             (multiplier, decay), {"params": [], "lr_multiplier": multiplier, "weight_decay": decay}
         )
@@ -94,6 +93,16 @@ def parameter_groups(model: Classifier, layer_decay: float, weight_decay: float)
     return list(groups.values())
 
 
+def undecayed(name: str, parameter: Tensor) -> bool:
+    return parameter.ndim <= 1 or name.endswith(("cls_token", "reg_token", "pos_embed"))
+
+
 def trained(model: nn.Module) -> Iterable[tuple[str, nn.Parameter]]:
     """The parameters that are learnt; a backbone's mask token is of no use here."""
     return ((n, p) for n, p in model.named_parameters() if p.requires_grad and not n.endswith("mask_token"))
+
+
+def learnt(model: nn.Module) -> dict[str, Tensor]:
+    """All that makes a network of the same start the trained one: what is trained, and statistics above the encoder."""
+    buffers = ((n, b) for n, b in model.named_buffers() if not n.startswith("encoder."))
+    return {name: tensor.detach() for name, tensor in (*trained(model), *buffers)}

@@ -31,7 +31,7 @@ from .statistics import (
 
 ORDER = ("random", "imagenet", "dinov2", "scratch", "brainfound")  # then run:<id>, and these last:
 REFERENCES = ("cnn", "volumes", "covariates")
-ADAPTATIONS = ("linear", "knn", "attention", "lora", "finetune")
+ADAPTATIONS = ("linear", "knn", "attention", "conv", "lora", "finetune")
 TEST = "test"
 
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from .metrics import Undefined, missed, segmentation_metrics
 
-Forward = Callable[[NDArray[np.int64]], Tensor]  # rows -> scores [B, K, H, W]
-Labels = Callable[[NDArray[np.int64]], NDArray[np.uint8]]  # rows -> class numbers [B, H, W]
+# (step, rows) -> scores [B, K, H, W] and class numbers [B, H, W], on one device
+Forward = Callable[[int, NDArray[np.int64]], tuple[Tensor, Tensor]]
 METRICS = ("dice", "hd95_mm", "surface_dice")
 
 
@@ -74,7 +74,7 @@ def _endless(rows: NDArray[np.int64], rng: np.random.Generator) -> Iterator[np.i
 
 
 def fit(
-    forward: Forward, labels: Labels, foreground: NDArray[np.bool_], groups: list[dict[str, Any]], how: Fit
+    forward: Forward, foreground: NDArray[np.bool_], groups: list[dict[str, Any]], how: Fit
 ) -> list[float]:
     """Train the parameters of `groups` (each with its own `lr`); the loss of every step.
 
@@ -92,16 +92,15 @@ def fit(
     for step, rows in enumerate(batches(foreground, how)):
         for group, rate in zip(optimiser.param_groups, rates, strict=True):
             group["lr"] = rate * schedule(step, how.steps, how.warmup)
-        scores = forward(rows)
-        wanted = torch.from_numpy(labels(rows).astype(np.int64)).to(scores.device)
-        value = loss(scores.float(), wanted[:, None])
+        scores, wanted = forward(step, rows)
+        value = loss(scores.float(), wanted[:, None].long())
         optimiser.zero_grad(set_to_none=True)
         value.backward()
         torch.nn.utils.clip_grad_norm_(weights, how.clip)
         optimiser.step()
         losses.append(float(value.detach()))
         if not np.isfinite(losses[-1]):
-            raise ValueError(f"the loss of step {step} is not finite; lower adapt.decoder.lr")
+            raise ValueError(f"the loss of step {step} is not finite; lower the rate in adapt.decoder")
     return losses
 
 
