@@ -22,12 +22,14 @@ def shard_set(
     sessions: int = 12,
     slices: int = 20,
     size: int = 28,
+    depth: int = 1,
     seed: int = 0,
     group_rows: int = 64,
     other: Mapping[int, int] | None = None,
 ) -> Artefact:
     """A finished shard set of random stacks; the first pixel of a row says its session, the second its slice.
 
+    `depth`: slices of each of the three contrasts.
     `other`: number of a session -> the channel that is an other one than without it.
     """
     rng = np.random.default_rng(seed)
@@ -37,8 +39,8 @@ def shard_set(
     for part in np.array_split(np.arange(sessions), 3):
         tables, groups = [], []
         for number in part.tolist():
-            pixels = rng.integers(1, 255, (slices, 3, 1, size, size), dtype=np.uint8)
-            pixels[:, :, 0, 0, 0], pixels[:, :, 0, 0, 1] = number, np.arange(slices)[:, None]
+            pixels = rng.integers(1, 255, (slices, 3, depth, size, size), dtype=np.uint8)
+            pixels[..., 0, 0], pixels[..., 0, 1] = number, np.arange(slices)[:, None, None]
             if other and number in other:
                 pixels[:, other[number]] ^= 255
             present = 7 if number % 3 else 5
@@ -85,7 +87,7 @@ def shard_set(
         {
             "cohort": cohort,
             "channels": list(CHANNELS),
-            "shape": [3, 1, size, size],
+            "shape": [3, depth, size, size],
             "preprocessing_hash": "0" * 8,
             "shards": entries,
             "counts": {"stacks": sessions * slices},

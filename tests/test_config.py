@@ -47,6 +47,14 @@ def _load(tmp_path: Path, text: str, *overrides: str) -> Experiment:
         ("name: tiny\n" + "#" * (1 << 20), "YAML_SIZE", "which no config is"),
         ("- a\n- b", "YAML", "no mapping"),
         (TINY + "pretrain: {cohorts: [c]}", "CONFIG", "ingest.cohorts does not list"),
+        ("name: tiny\ningest: {stack: neighbours}", "CONFIG", "or say stack: both"),
+        ("name: tiny\ningest: {stack: both, neighbours: 4}", "CONFIG", "make it odd"),
+        (
+            "name: tiny\ningest: {stack: neighbours, contrasts: [T1w], neighbours: 2}",
+            "CONFIG",
+            "2 slices have no middle",
+        ),
+        ("name: tiny\ningest: {stack: volumes}", "CONFIG", "'neighbours' or 'both'"),
         (TINY + "pretrain: {cohorts: [a], batch_size: 12}", "CONFIG", "stream.lanes"),
         (
             TINY + "pretrain: {cohorts: [a], crops: {global_size: 100}}",

@@ -16,7 +16,7 @@ from cranium.config import UserError
 from cranium.models import vit
 from cranium.store import Artefact
 
-CHANNELS = {1: ["T1w"], 3: ["T1w", "T2w", "FLAIR"], 5: ["T1w"]}
+CHANNELS = {1: ["T1w"], 3: ["T1w", "T2w", "FLAIR"], 5: ["T1w"], 6: ["T1w", "FLAIR"]}
 
 
 def pretrained(
@@ -54,6 +54,7 @@ def pretrained(
         ("vit_tiny_patch14", 3, "timm", 56),
         ("vit_tiny_patch14", 5, "timm", 84),  # timm resamples
         ("vit_tiny_patch14", 1, "dinov2", 84),  # baked
+        ("vit_tiny_patch14", 6, "timm", 56),  # two contrasts, three slices of each
         ("vit_tiny_patch14_reg4", 3, "transformers", 42),
         ("vit_small_patch14_dinov2", 3, None, 98),
     ],

@@ -15,11 +15,11 @@ import pyarrow.parquet as pq
 import pytest
 
 import phantoms
-from cranium import demo_sources, ingest, restitch, trust
+from cranium import corpora, demo_sources, ingest, restitch, trust
 from cranium.cards import Card
 from cranium.config import Ingest, Machine, UserError
 from cranium.store import Artefact
-from cranium.volume import shard
+from cranium.volume import shard, slices
 
 SPEC = Ingest(size=36, spacing_mm=6.0, slice_spacing_mm=6.0, align="none")
 SHAPE, SPACING = (30, 36, 28), (6.0, 6.0, 6.0)
@@ -128,11 +128,59 @@ def test_label_files_are_found_again_and_their_classes_keep_the_cards_order(
         assert truth.place.channel in ("T1w", "T2w", "FLAIR")
 
 
-def test_neighbours_carry_the_labels_of_each_slice(tree: Path) -> None:
-    spec = SPEC.model_copy(update={"stack": "neighbours", "contrasts": ("T1w",)})
-    masks = shard.masks(rows(made(tree, spec), "002"))
+@pytest.mark.parametrize(("stack", "contrasts"), [("neighbours", ("T1w",)), ("both", ("T1w", "FLAIR"))])
+def test_neighbours_carry_the_labels_of_each_slice(
+    tree: Path, stack: str, contrasts: tuple[str, ...]
+) -> None:
+    spec = SPEC.model_copy(update={"stack": stack, "contrasts": contrasts})
+    done = made(tree, spec)
+    masks = shard.masks(rows(done, "002"))
     assert masks is not None and masks.shape[1] == 3
     np.testing.assert_array_equal(masks[1:, 0], masks[:-1, 1])
+    alone = made(tree, SPEC.model_copy(update={"contrasts": contrasts}))
+    read = restitch.read_stacks(done, done.manifest(), "002", "")
+    single = restitch.read_stacks(alone, alone.manifest(), "002", "")
+    np.testing.assert_array_equal(read.labels, single.labels)  # what is scored: of the middle slice
+    np.testing.assert_array_equal(read.pixels[:, :, 1:2], single.pixels)
+
+
+@pytest.mark.parametrize("depth", [3, 5])
+def test_both_are_every_contrast_between_its_neighbours(tree: Path, depth: int) -> None:
+    """Against single slices of every slice of the grid, kept or not; and back by the middle ones, bit for bit."""
+    (tree / "sub-001/anat/sub-001_T2w.nii.gz").unlink()
+    spec = SPEC.model_copy(update={"stack": "both", "neighbours": depth, "min_brain": 0.1})
+    done, every = made(tree, spec), made(tree, SPEC.model_copy(update={"min_brain": 0.0}))
+    manifest = done.manifest()
+    assert manifest["shape"] == [3, depth, 36, 36] and manifest["channels"] == ["T1w", "T2w", "FLAIR"]
+    assert manifest["missing"] == {"T1w": 0, "T2w": 1, "FLAIR": 0}
+    assert manifest["counts"]["stacks"] < every.manifest()["counts"]["stacks"]
+    for subject, session in sessions(done).items():
+        table, single = rows(done, subject), shard.pixels(rows(every, subject))
+        crop = json.loads(session["crop"])
+        assert crop["shape"][0] == len(single)
+        stacks = shard.pixels(table)
+        for stack, z in zip(stacks, table["slice"].to_pylist(), strict=True):
+            for s in range(depth):
+                at = z + s - depth // 2
+                expected = single[at, :, 0] if 0 <= at < len(single) else np.zeros_like(single[0, :, 0])
+                np.testing.assert_array_equal(stack[:, s], expected)
+        assert set(table["present"].to_pylist()) == {0b101 if subject == "001" else 0b111}
+        assert stacks[:, 1].any() == (subject != "001")
+        run = range(*crop["slices"])
+        back = slices.from_stacks(stacks, run, len(single))
+        np.testing.assert_array_equal(back[:, run.start : run.stop].transpose(1, 0, 2, 3), single[run, :, 0])
+
+
+def test_stacks_of_another_kind_are_not_read_together(tree: Path) -> None:
+    """The same channels, one slice of each here and three there; and other channels."""
+    spec = SPEC.model_copy(update={"stack": "both"})
+    both, single = made(tree, spec), made(tree)
+    assert both.manifest()["preprocessing_hash"] != single.manifest()["preprocessing_hash"]
+    with pytest.raises(UserError, match="shape"):
+        corpora.corpus([both, single])
+    fewer = made(tree, spec.model_copy(update={"contrasts": ("T2w", "FLAIR")}))
+    with pytest.raises(UserError, match="channels"):
+        corpora.corpus([both, fewer])
 
 
 def test_a_rejected_label_map_leaves_its_scans_without_labels(tree: Path) -> None:

@@ -123,7 +123,10 @@ class Made:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
-    root = tmp_path_factory.mktemp("classification")
+    return ingested(tmp_path_factory.mktemp("classification"), EXPERIMENT)
+
+
+def ingested(root: Path, exp: Experiment) -> Made:
     tree = phantoms.bids_tree(
         root / "raw",
         num_subjects=8,
@@ -138,8 +141,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     machine = Machine(store=root / "store")
     with in_place():
         content = Card.model_validate(phantoms.card(contrasts=("T1w", "FLAIR")))
-        shards = ingest.ingest(content, tree, EXPERIMENT.ingest, machine)
-        (features,) = embed.embed(EXPERIMENT, machine, "random", shards)
+        shards = ingest.ingest(content, tree, exp.ingest, machine)
+        (features,) = embed.embed(exp, machine, "random", shards)
     few = root / "few"
     for part in (f"sub-{WHOLE}", f"sub-{LACKING}"):
         shutil.copytree(tree / part, few / part)
@@ -185,6 +188,22 @@ def test_raw_scans_get_the_probabilities_that_the_cell_was_judged_by(
     assert picture.shape[1] > 400 and picture.std() > 10  # something is drawn
     rows = (tmp_path / predict.TABLE).read_text().splitlines()
     assert rows[0].startswith("subject,session,contrasts,control,atrophy,most probable") and len(rows) == 3
+
+
+def test_stacks_of_several_slices_of_every_contrast_are_made_of_new_scans_too(tmp_path: Path) -> None:
+    """`stack: both`: two contrasts, three slices of each, through a probe and through a whole network."""
+    stacked = EXPERIMENT.model_copy(update={"ingest": EXPERIMENT.ingest.model_copy(update={"stack": "both"})})
+    made = ingested(tmp_path, stacked)
+    for adaptation in ("linear", "finetune"):
+        cell = made.cell(adaptation)  # type: ignore[arg-type]
+        assert cell.shards["shape"] == [2, 3, 56, 56] and cell.ingest.stack == "both"
+        spec = new_scans.Spec(bids=made.few, card=str(made.card), out=tmp_path / adaptation)
+        done, refused = predict.predict(made.machine, cell, spec)
+        assert not refused and [" ".join(one.about["contrasts"]) for one in done] == ["T1w FLAIR", "T1w"]
+        kept = pd.read_parquet(cell.cell.path / adapt.PREDICTIONS).set_index("subject")
+        for about in (one.about for one in done):
+            stored = kept.loc[about["subject"], ["prob_control", "prob_atrophy"]].to_numpy(float)
+            np.testing.assert_allclose(list(about["probabilities"].values()), stored, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("classes", [2, 3])

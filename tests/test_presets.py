@@ -57,6 +57,21 @@ def test_show_says_steps_images_operations_and_hours() -> None:
     )
 
 
+def test_more_channels_cost_a_wider_patch_embedding_and_nothing_else() -> None:
+    """Of each slice of a contrast, one product of a patch's pixels with its weights; twice that forwards."""
+    alone, both = (
+        costs.pretraining(reading.load_experiment(FOLDER / "vits14_scratch.yaml", [f"ingest.stack={stack}"]))
+        for stack in ("contrasts", "both")
+    )
+    spec = preset("vits14_scratch")
+    assert spec.pretrain
+    crops, per_patch = spec.pretrain.crops, 2 * 6 * 14**2 * 384  # 9 channels instead of 3
+    large, small = ((side // 14) ** 2 for side in (crops.global_size, crops.local_size))
+    more = both.flops_per_image - alone.flops_per_image
+    # The teacher sees the global views; the student all of them, forwards and twice that backwards.
+    assert more == pytest.approx(per_patch * (2 * large + 3 * (2 * large + crops.num_local * small)))
+
+
 def test_pretraining_on_blank_slices_is_refused() -> None:
     with pytest.raises(config.UserError, match="min_brain"):
         reading.load_experiment(FOLDER / "vits14_scratch.yaml", ["ingest.min_brain=0"])

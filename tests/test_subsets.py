@@ -25,10 +25,11 @@ TASK = Classification(
 KEYS = [(f"{n:03d}", "") for n in range(12)]  # 000, 003, ... lack T2w
 
 
+@pytest.mark.parametrize("depth", [1, 3])
 @pytest.mark.parametrize("fill", ["zero", "replicate"])
-def test_a_hidden_contrast_is_what_an_absent_one_is(tmp_path: Path, fill: str) -> None:
-    """By a slow loop over rows and channels."""
-    made = shard_set(tmp_path)
+def test_a_hidden_contrast_is_what_an_absent_one_is(tmp_path: Path, fill: str, depth: int) -> None:
+    """By a slow loop over rows and channels: all neighbours of a contrast go with it."""
+    made = shard_set(tmp_path, depth=depth)
     whole = list(sessions.read(made.path, KEYS))
     for subset in (("T1w",), ("T2w", "FLAIR"), CHANNELS):
         for key, stacks, seen in zip(
@@ -43,11 +44,16 @@ def test_a_hidden_contrast_is_what_an_absent_one_is(tmp_path: Path, fill: str) -
                     assert np.array_equal(shown[channel], expected)
 
 
+@pytest.mark.parametrize("depth", [1, 3])
 @pytest.mark.parametrize("fill", ["zero", "replicate"])
-def test_other_pixels_in_a_hidden_contrast_change_no_bit_of_the_features(tmp_path: Path, fill: str) -> None:
-    one = shard_set(tmp_path / "a")
-    two = shard_set(tmp_path / "b", other=dict.fromkeys(range(12), 2))
-    backbone, _ = checkpoint.load_backbone("random", arch="vit_tiny_patch14", in_channels=3, image_size=28)
+def test_other_pixels_in_a_hidden_contrast_change_no_bit_of_the_features(
+    tmp_path: Path, fill: str, depth: int
+) -> None:
+    one = shard_set(tmp_path / "a", depth=depth)
+    two = shard_set(tmp_path / "b", depth=depth, other=dict.fromkeys(range(12), 2))
+    backbone, _ = checkpoint.load_backbone(
+        "random", arch="vit_tiny_patch14", in_channels=3 * depth, image_size=28
+    )
     encoder = embed.Encoder(backbone, ("cls", "patch_mean"), 8, None, fill, (0b111, 0b011, 0b001))
     file = "shards/0.parquet"
     tables = [[encoder._row_group(str(made.path / file), index) for index in range(3)] for made in (one, two)]

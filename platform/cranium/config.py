@@ -22,6 +22,7 @@ Contrast = Literal["T1w", "T2w", "FLAIR", "T1ce", "PDw"]
 Fill = Literal[
     "zero", "replicate"
 ]  # of absent contrasts: zero and marked, or a copy of the first that is there
+Stack = Literal["contrasts", "neighbours", "both"]
 Init = str  # one of INITS, or run:<id>
 INITS = ("random", "imagenet", "dinov2", "scratch", "brainfound", "covariates", "volumes", "cnn")
 Adaptation = Literal["linear", "knn", "attention", "finetune", "lora", "conv"]
@@ -100,8 +101,9 @@ class Preprocessing(Frozen):
     """How a scan becomes slice stacks. Travels in every manifest and checkpoint; a different one is refused."""
 
     contrasts: tuple[Contrast, ...] = ("T1w", "T2w", "FLAIR")
-    stack: Literal["contrasts", "neighbours"] = "contrasts"
-    neighbours: int = Field(3, ge=1)  # slices per stack when stack = neighbours
+    # contrasts: a slice of each; neighbours: several slices of the one contrast; both: several of each.
+    stack: Stack = "contrasts"
+    neighbours: int = Field(3, ge=1)  # slices of each contrast, unless stack is contrasts
     size: int = Field(224, ge=28, multiple_of=2)  # pixels, in plane
     spacing_mm: float = Field(1.0, gt=0)  # in plane
     slice_spacing_mm: float = Field(1.0, gt=0)
@@ -132,9 +134,12 @@ class Preprocessing(Frozen):
     @property
     def shape(self) -> tuple[int, int, int, int]:
         """[C, S, H, W] of a stack."""
-        if self.stack == "contrasts":
-            return (len(self.contrasts), 1, self.size, self.size)
-        return (1, self.neighbours, self.size, self.size)
+        return (len(self.contrasts), self.depth, self.size, self.size)
+
+    @property
+    def depth(self) -> int:
+        """Slices of each contrast in a stack."""
+        return 1 if self.stack == "contrasts" else self.neighbours
 
     @field_validator("mask", mode="before")
     @classmethod
@@ -148,7 +153,13 @@ class Preprocessing(Frozen):
         if ("command" in self.mask) != (self.mask_tool is not None):
             raise ValueError("mask: command and mask_tool (the program's name and version) go together")
         if self.stack == "neighbours" and len(self.contrasts) != 1:
-            raise ValueError("stack: neighbours takes exactly one contrast; name it in `contrasts`")
+            raise ValueError(
+                "stack: neighbours takes exactly one contrast; name it in `contrasts`, or say stack: both"
+            )
+        if self.depth % 2 == 0:
+            raise ValueError(
+                f"neighbours: {self.neighbours} slices have no middle one, whose labels a stack has; make it odd"
+            )
         if not 0 <= self.percentiles[0] < self.percentiles[1] <= 100:
             raise ValueError("percentiles must be two rising numbers between 0 and 100")
         return self

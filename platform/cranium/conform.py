@@ -12,8 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from numpy.typing import NDArray
-
 from cranium import cohort, place, provisions, series, sources
 from cranium.config import Ingest
 from cranium.place import Where, at
@@ -130,8 +128,8 @@ def _write_part(
     used = {channel: volumes[channel] for channel in spec.channels if channel in conformed.notes}
     present = sum(1 << i for i, channel in enumerate(spec.channels) if channel in used)
     names = {"cohort": job.cohort, "subject": session["subject"], "session": session["session"]}
-    stacks = _stacks(spec, conformed.volumes, run)
-    drawn = None if label_map is None else _stacks(spec, label_map.classes[None], run)[:, 0]
+    stacks = slices.to_stacks(conformed.volumes, run, spec.depth)
+    drawn = None if label_map is None else slices.to_stacks(label_map.classes[None], run, spec.depth)[:, 0]
     tables = [
         shard.encode(
             stacks[start : start + shard.MAX_ROWS],
@@ -180,13 +178,6 @@ def _write_part(
         "warned": warned,
         "session": columns,
     }
-
-
-def _stacks(spec: Ingest, volumes: NDArray[Any], run: range) -> NDArray[Any]:
-    """Volumes [C, Z, H, W] on the grid -> stacks [n, C, S, H, W] of the slices kept."""
-    if spec.stack == "contrasts":
-        return slices.to_stacks(volumes, run)
-    return slices.to_neighbours(volumes[0], run, spec.neighbours)
 
 
 # ---- what is asked of a session ------------------------------------------------------------------------------------

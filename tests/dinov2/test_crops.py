@@ -111,6 +111,26 @@ def test_channels_are_contrast_then_slice() -> None:
     assert 0.45 < means[1] / means[0] < 0.55 and 0.45 < means[5] / means[4] < 0.55
 
 
+def test_a_contrast_is_dropped_with_all_its_neighbours() -> None:
+    """A slow loop over views and rows: what is lost is what the draws say, three slices at a time."""
+    stacks, present = _stacks(32, slices=3)
+    present[::4, 1] = False
+    spec = dataclasses.replace(PLAIN, contrast_dropout=0.5)
+    params = crops.sample(np.arange(32), 0, 0, spec, size=SIZE)
+    views, _ = crops.apply(stacks, present, params, spec)
+    kept = views.view(2, 32, 3, 3, -1).amax(dim=-1) > 0
+    lost = 0
+    for view in range(2):
+        for row in range(32):
+            drop = params.global_views.drop[view, row]
+            there = [c for c in range(3) if present[row, c]]
+            expected = [c for c in there if drop[c] >= 0.5] or [max(there, key=lambda c: drop[c])]
+            assert [c for c in range(3) if kept[view, row, c].all()] == expected
+            assert [c for c in range(3) if kept[view, row, c].any()] == expected
+            lost += len(there) - len(expected)
+    assert lost > 20
+
+
 def test_boxes_keep_to_the_slice_the_scale_and_the_aspect() -> None:
     params = crops.sample(np.arange(300), 0, 0, CropSpec(), size=SIZE)
     top, left, height, width = np.moveaxis(params.local_views.boxes, -1, 0)

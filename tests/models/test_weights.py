@@ -18,7 +18,7 @@ def _timm(backbone: vit.Backbone) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in backbone.vit.state_dict().items()}
 
 
-@pytest.mark.parametrize("channels", [1, 2, 3, 4, 6, 9])
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 6, 9, 15])
 def test_a_replicated_grey_image_gives_the_rgb_tokens(channels: int) -> None:
     source, target = _rgb(0), _rgb(1, in_channels=channels)
     report = weights.load_into(target, _timm(source))
@@ -29,6 +29,22 @@ def test_a_replicated_grey_image_gives_the_rgb_tokens(channels: int) -> None:
     torch.testing.assert_close(got.cls, expected.cls, rtol=0, atol=2e-7)  # statistics are stored in fp32
     torch.testing.assert_close(got.patches, expected.patches, rtol=0, atol=2e-7)
     assert any("inflated" in line for line in report.exceptions) == (channels != 3)
+
+
+@pytest.mark.parametrize("contrasts", [1, 2, 3, 4])
+def test_three_neighbours_of_each_contrast_are_seen_as_colours_are_and_averaged(contrasts: int) -> None:
+    """A convolution is linear: the patch of a stack [C, 3] is the mean of the RGB patches of its contrasts."""
+    source, target = _rgb(0), _rgb(1, in_channels=3 * contrasts)
+    weights.load_into(target, _timm(source))
+    stacks = torch.rand(2, contrasts, 3, 56, 56, dtype=torch.float64)
+
+    def patches(of: vit.Backbone, images: Tensor) -> Tensor:
+        return of.vit.patch_embed((images - of.mean[:, None, None]) / of.std[:, None, None])
+
+    with torch.no_grad():
+        each = [patches(source, stacks[:, c]) for c in range(contrasts)]
+        got = patches(target, stacks.flatten(1, 2))
+    torch.testing.assert_close(got, torch.stack(each).mean(dim=0), rtol=0, atol=2e-7)
 
 
 def test_inflation_by_hand() -> None:

@@ -196,8 +196,6 @@ def test_stacks_with_a_step_and_back(run: range) -> None:
     back = slices.from_stacks(stacks, run, 9)
     np.testing.assert_array_equal(back[:, list(run)], volumes[:, list(run)])
     assert not np.delete(back, list(run), axis=1).any() and back.dtype == np.uint16
-    middle = slices.to_neighbours(volumes[0], run, 3)[:, 0, 1]
-    np.testing.assert_array_equal(middle, volumes[0, list(run)])
 
 
 def test_stacks_and_back_are_bit_equal() -> None:
@@ -212,13 +210,34 @@ def test_stacks_and_back_are_bit_equal() -> None:
     assert not back[:, :2].any() and not back[:, 8:].any()
 
 
-@pytest.mark.parametrize("depth", [1, 3, 4])
-def test_neighbours(depth: int) -> None:
-    volume = np.random.default_rng(0).integers(1, 256, (5, 4, 6), np.uint8)
-    stacks = slices.to_neighbours(volume, range(5), depth)
-    assert stacks.shape == (5, 1, depth, 4, 6)
-    for z in range(5):
-        for s in range(depth):
-            at = z + s - depth // 2
-            np.testing.assert_array_equal(stacks[z, 0, s], volume[at] if 0 <= at < 5 else 0)
-    np.testing.assert_array_equal(slices.from_stacks(stacks, range(5), 5)[0], volume)
+@pytest.mark.parametrize("depth", [1, 3, 5])
+@pytest.mark.parametrize("contrasts", [1, 3])
+@pytest.mark.parametrize("run", [range(7), range(2, 6), range(1, 7, 2)])
+def test_a_stack_is_its_slice_between_its_neighbours_in_every_contrast(
+    depth: int, contrasts: int, run: range
+) -> None:
+    """By a slow loop, and as the stacks of single slices laid side by side; zero beyond the ends of the volume."""
+    volumes = np.random.default_rng(0).integers(1, 256, (contrasts, 7, 4, 6), np.uint8)
+    stacks = slices.to_stacks(volumes, run, depth)
+    assert stacks.shape == (len(run), contrasts, depth, 4, 6) and stacks.flags.c_contiguous
+    for row, z in enumerate(run):
+        for c in range(contrasts):
+            for s in range(depth):
+                at = z + s - depth // 2
+                np.testing.assert_array_equal(stacks[row, c, s], volumes[c, at] if 0 <= at < 7 else 0)
+    reach = depth // 2
+    wide = np.concatenate([np.zeros_like(volumes)] * 3, axis=1)
+    wide[:, 7:14] = volumes
+    moved = [
+        slices.to_stacks(wide, range(run.start + 7 + by, run.stop + 7 + by, run.step))[:, :, 0]
+        for by in range(-reach, reach + 1)
+    ]
+    np.testing.assert_array_equal(stacks, np.stack(moved, axis=2))
+    back = slices.from_stacks(stacks, run, 7)
+    np.testing.assert_array_equal(back[:, list(run)], volumes[:, list(run)])
+    assert not np.delete(back, list(run), axis=1).any()
+
+
+def test_a_stack_has_a_middle_slice() -> None:
+    with pytest.raises(ValueError, match="no middle one"):
+        slices.to_stacks(np.zeros((1, 5, 4, 4), np.uint8), range(5), 4)

@@ -267,24 +267,24 @@ def kept_grid(grid: Grid, slices: range) -> Grid:
     return Grid((len(slices), *grid.shape[1:]), affine)
 
 
-def to_stacks(volumes: NDArray[Any], slices: range) -> NDArray[Any]:
-    """Volumes [C, Z, H, W] -> stacks [n, C, 1, H, W] of the slices of a run."""
-    return np.ascontiguousarray(volumes[:, _run(slices)].transpose(1, 0, 2, 3)[:, :, None])
+def to_stacks(volumes: NDArray[Any], slices: range, depth: int = 1) -> NDArray[Any]:
+    """Volumes [C, Z, H, W] -> stacks [n, C, depth, H, W] of the slices of a run, each in the middle of its neighbours.
+
+    Neighbours are those in the volume, kept or not; zero beyond its ends. `depth` is odd.
+    """
+    if depth < 1 or depth % 2 == 0:
+        raise ValueError(f"a stack of {depth} slices has no middle one")
+    reach = depth // 2
+    padded = np.pad(volumes, ((0, 0), (reach, reach), (0, 0), (0, 0))) if reach else volumes
+    windows = np.lib.stride_tricks.sliding_window_view(padded, depth, axis=1)  # [C, Z, H, W, depth]
+    return np.ascontiguousarray(windows[:, _run(slices)].transpose(1, 0, 4, 2, 3))
 
 
 def from_stacks(stacks: NDArray[Any], slices: range, num_slices: int) -> NDArray[Any]:
-    """The inverse of `to_stacks` and (middle slice) `to_neighbours`: [C, Z, H, W], zero where none was kept."""
+    """The inverse of `to_stacks`, by the middle slices: [C, Z, H, W], zero where none was kept."""
     n, c, s, h, w = stacks.shape
     if n != len(slices):
         raise ValueError(f"{n} stacks cannot fill {len(slices)} slices")
     volumes = np.zeros((c, num_slices, h, w), stacks.dtype)
     volumes[:, _run(slices)] = stacks[:, :, s // 2].transpose(1, 0, 2, 3)
     return volumes
-
-
-def to_neighbours(volume: NDArray[Any], slices: range, depth: int) -> NDArray[Any]:
-    """One volume [Z, H, W] -> stacks [n, 1, depth, H, W]: each slice between its neighbours, zero beyond the ends."""
-    before = depth // 2
-    padded = np.pad(volume, ((before, depth - 1 - before), (0, 0), (0, 0)))
-    windows = np.lib.stride_tricks.sliding_window_view(padded, depth, axis=0)  # [Z, H, W, depth]
-    return np.ascontiguousarray(windows[_run(slices)].transpose(0, 3, 1, 2)[:, None])
