@@ -86,6 +86,7 @@ def cells(
     num_folds: int = 5,
     adaptation: str = "linear",
     subsets: Sequence[tuple[str, ...]] = (),
+    stack: str = "contrasts",
 ) -> list[Path]:
     """Predictions whose separation grows with the strength of an initialisation, with the labels and with contrasts.
 
@@ -118,7 +119,7 @@ def cells(
                 folder = (
                     store
                     / "adapt"
-                    / f"lesion-{init.replace(':', '_')}-{adaptation}-{scheme}-{fraction:g}-{fold}-0000000{fold}"
+                    / f"lesion-{init.replace(':', '_')}-{adaptation}-{scheme}-{fraction:g}-{fold}-{stack}-0000000{fold}"
                 )
                 folder.mkdir(parents=True)
                 table = pa.Table.from_pylist(rows)
@@ -129,7 +130,8 @@ def cells(
                 manifest = {
                     "cell": {"task": "lesion", "cohort": "demo", "init": init, "label_fraction": fraction,
                              "scheme": scheme, "adaptation": adaptation, "fold": fold, "seed": 0,
-                             "contrasts": CHANNELS, "subsets": subsets, "fill": "zero"},
+                             "contrasts": CHANNELS, "subsets": subsets, "fill": "zero",
+                             "stack": stack},
                     "task": {"task": "classification", "name": EVIL if evil else "lesion",
                              "classes": ["control", "lesion"]},
                     "counts": {"n_train": n, "n_train_positive": n // 2, "n_validation": 0, "n_test": len(test)},

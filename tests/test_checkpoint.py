@@ -308,3 +308,34 @@ def test_a_run_that_saw_undeclared_cohorts_is_refused(tmp_path: Path):
         inventory.weights(study, "run:ab12cd34", {})
     assert refused.value.code == "LEAKAGE"
     assert inventory.weights(study, "dinov2", {}) is None
+
+
+def test_an_export_of_several_kinds_of_stack_asks_which(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """And what one view of a study could not have, all of it knows."""
+    from rich.console import Console
+
+    from cranium import config, inventory, reading
+
+    kinds = ["sweep.stack=[contrasts,neighbours,both]", "sweep.neighbours_of=T1w"]
+    exp = reading.load_experiment(Path(__file__).parents[1] / "experiments/demo.yaml", kinds)
+    study = Study(exp, config.Machine(store=tmp_path), {}, Console(quiet=True))
+    views = study.views()
+    assert {stack: view.exp.ingest.shape[:2] for stack, view in views.items()} == {
+        "contrasts": (3, 1),
+        "neighbours": (1, 3),
+        "both": (3, 3),
+    }
+    assert views["both"].named("embed random") == "embed random (both)"
+    views["both"].note("late")
+    views["both"].missing["dinov2"] = "not there"
+    views["both"].whole.rejected = True
+    assert study.notes == ["late"] and views["contrasts"].missing == {"dinov2": "not there"}
+    assert study.exit_code == 3 and study.named("embed") == "embed"
+    made = {s: store.Artefact(tmp_path / "pretrain" / s) for s in views}
+    monkeypatch.setattr(inventory, "pretrainings", lambda view: {"scratch": made[view.exp.ingest.stack]})
+    for asked in (None, "volumes"):
+        with pytest.raises(UserError, match=r"stack=\.\.\. one of contrasts, neighbours, both"):
+            inventory.pretraining(study, "scratch", asked)
+    assert inventory.pretraining(study, "scratch", "both") == made["both"]
+    plain = Study(views["both"].exp, study.machine, {}, Console(quiet=True))
+    assert plain.views() == {"both": plain} and inventory.pretraining(plain) == made["both"]

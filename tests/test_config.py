@@ -55,6 +55,53 @@ def _load(tmp_path: Path, text: str, *overrides: str) -> Experiment:
             "2 slices have no middle",
         ),
         ("name: tiny\ningest: {stack: volumes}", "CONFIG", "'neighbours' or 'both'"),
+        (TINY + DETECT + "sweep: {init: [random], stack: [both, both]}", "CONFIG", "names one twice"),
+        (
+            TINY + DETECT + "sweep: {init: [random], stack: [neighbours]}",
+            "CONFIG",
+            "e.g. sweep.neighbours_of: T1w",
+        ),
+        (
+            TINY + DETECT + "sweep: {init: [random], stack: [both], neighbours_of: T1w}",
+            "CONFIG",
+            "does not name",
+        ),
+        (
+            TINY + DETECT + "sweep: {init: [random], stack: [neighbours], neighbours_of: T1ce}",
+            "CONFIG",
+            "none of ingest.contrasts",
+        ),
+        (
+            "name: tiny\ningest: {cohorts: [a], contrasts: [T1w]}\n"
+            + DETECT
+            + "sweep: {init: [random], stack: [both, neighbours]}",
+            "CONFIG",
+            "both and neighbours of ['T1w'] are the same stacks",
+        ),
+        (
+            "name: tiny\ningest: {cohorts: [a], neighbours: 1}\n"
+            + DETECT
+            + "sweep: {init: [random], stack: [contrasts, both]}",
+            "CONFIG",
+            "leave one out",
+        ),
+        (
+            "name: tiny\ningest: {cohorts: [a], neighbours: 4}\n"
+            + DETECT
+            + "sweep: {init: [random], stack: [contrasts, both]}",
+            "CONFIG",
+            "sweep.stack: both: neighbours: 4 slices have no middle one",
+        ),
+        (
+            TINY + DETECT + "sweep: {init: ['run:ab12cd34'], stack: [contrasts, both]}",
+            "CONFIG",
+            "pretrained on stacks of one kind",
+        ),
+        (
+            TINY + DETECT + "sweep: {init: [volumes], stack: [contrasts, neighbours], neighbours_of: FLAIR}",
+            "CONFIG",
+            "sweep.stack: neighbours: sweep.init: volumes are measured on T1w",
+        ),
         (TINY + "pretrain: {cohorts: [a], batch_size: 12}", "CONFIG", "stream.lanes"),
         (
             TINY + "pretrain: {cohorts: [a], crops: {global_size: 100}}",
@@ -98,6 +145,26 @@ def test_a_bad_config_is_refused_with_what_to_do(tmp_path: Path, text: str, code
     with pytest.raises(UserError) as refused:
         _load(tmp_path, text)
     assert refused.value.code == code and says in str(refused.value) and refused.value.exit_code == 2
+
+
+def test_of_a_stack_it_is_the_experiment_that_names_no_other(tmp_path: Path) -> None:
+    """So what is made of that stack is found by an experiment that has it alone, and nothing existing moves."""
+    grid = "sweep: {init: [random], contrasts: {train: [all, [T1w]]}"
+    asked = ", stack: [contrasts, neighbours, both], neighbours_of: FLAIR}"
+    text = (
+        TINY.replace("{cohorts", "{neighbours: 5, cohorts") + "stream: {contrasts: [T1w, FLAIR]}\n" + DETECT
+    )
+    exp, plain = _load(tmp_path, text + grid + asked), _load(tmp_path, text + grid + "}")
+    assert plain.stacks == ("contrasts",) and plain.of_stack("contrasts") is plain
+    assert exp.stacks == ("contrasts", "neighbours", "both")
+    assert exp.ingest.preprocessing == plain.ingest.preprocessing
+    assert exp.of_stack("contrasts") == plain
+    both = exp.of_stack("both")
+    assert both.ingest == plain.ingest.model_copy(update={"stack": "both"}) and both.sweep == plain.sweep
+    assert both.ingest.shape == (3, 5, 224, 224) and both.of_stack("both") is both
+    one = exp.of_stack("neighbours")
+    assert one.ingest.channels == ("FLAIR",) and one.ingest.shape == (1, 5, 224, 224)
+    assert one.sweep and one.sweep.contrasts == config.Contrasts() and one.stream.contrasts == ("FLAIR",)
 
 
 def test_one_level_of_base(tmp_path: Path) -> None:

@@ -72,6 +72,26 @@ def test_more_channels_cost_a_wider_patch_embedding_and_nothing_else() -> None:
     assert more == pytest.approx(per_patch * (2 * large + 3 * (2 * large + crops.num_local * small)))
 
 
+def test_costs_are_those_of_every_kind_of_stack() -> None:
+    kinds = ["sweep.stack=[contrasts,neighbours,both]", "sweep.neighbours_of=T1w"]
+    exp = reading.load_experiment(FOLDER / "vits14_brainfound_clean.yaml", kinds)
+    alone = [
+        costs.estimate(reading.load_experiment(FOLDER / "vits14_brainfound_clean.yaml", keys))
+        for keys in (
+            [],
+            ["ingest.stack=neighbours", "ingest.contrasts=[T1w]"],
+            ["ingest.stack=both"],
+        )
+    ]
+    facts = costs.estimate(exp)
+    for key in ("steps", "stacks seen", "cells"):
+        assert int(facts[key]) == sum(int(one[key]) for one in alone)
+    flops = [float(one["FLOPs"].split(" (")[0]) for one in (facts, *alone)]
+    assert flops[0] == pytest.approx(sum(flops[1:]), rel=0.01)
+    assert facts["kinds of stack"].endswith("neighbours 1 x 3 x 224 x 224, both 3 x 3 x 224 x 224")
+    assert "kinds of stack" not in alone[0]
+
+
 def test_pretraining_on_blank_slices_is_refused() -> None:
     with pytest.raises(config.UserError, match="min_brain"):
         reading.load_experiment(FOLDER / "vits14_scratch.yaml", ["ingest.min_brain=0"])

@@ -20,7 +20,7 @@ def study(tmp_path: Path, mlflow_db: str) -> Study:
 @pytest.fixture
 def grid(study: Study) -> sweep.Grid:
     root = study.machine.store
-    return sweep.declare(study.exp, study.machine, sets(root), features(root))
+    return sweep.declare(study.machine, [sweep.Part(study.exp, sets(root), features(root))])
 
 
 def finish(work: object, **more: object) -> None:
@@ -92,7 +92,7 @@ def test_a_sweep_that_mlflow_has_lost_is_sent_again(
     again = Study(study.exp, study.machine, {}, Console(quiet=True))
     recording.swept(again, grid, {})  # it is marked as sent
     assert again.tracker is None
-    recording.sync(again, {}, grid)
+    recording.sync(again, {"contrasts": {}}, grid)
     status, cells = told(again, grid)
     assert status == "FINISHED" and cells.keys() == before.keys()
     assert all(

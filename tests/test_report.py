@@ -214,3 +214,52 @@ def test_missing_contrasts_are_one_table_computed_from_the_kept_predictions(tmp_
             assert float(numbers["change"]) == pytest.approx(np.mean(changes))
             said = re.match(r"by\xa0([+-]0\.\d\d)\xa0\(", shown[f"{init}, change"])
             assert float(said[1]) == pytest.approx(np.mean(changes), abs=0.0051)
+
+
+def test_kinds_of_stack_are_one_figure_and_paired_differences(tmp_path: Path) -> None:
+    """By a second way: scikit-learn's AUROC of each fold of each stack, and their mean difference."""
+    made = {
+        stack: cells(
+            tmp_path,
+            {"random": gain, "scratch": 2 * gain, "covariates": 0.0},
+            fractions=(0.5, 1.0),
+            stack=stack,
+        )
+        for stack, gain in (("contrasts", 0.6), ("neighbours", 0.5), ("both", 1.5))
+    }
+    given = inputs(tmp_path / "rest", cells=[f for some in made.values() for f in some])
+    page = report.write("demo", given, tmp_path / "x.html").read_text()
+    section = re.search(r'<section id="stacks">.*?</section>', page, re.S)[0]
+    tables = [
+        list(csv.DictReader(io.StringIO(base64.b64decode(part).decode())))
+        for part in re.findall(r"base64,([A-Za-z0-9+/=]+)", section)
+    ]
+    (means,) = (t for t in tables if "mean AUROC" in t[0])
+    (pairs,) = (t for t in tables if "difference" in t[0])
+
+    def auroc(init: str, stack: str) -> float:
+        scores = []
+        for folder in (f for f in made[stack] if f.name.startswith(f"lesion-{init}-linear-subject-1-")):
+            rows = pq.read_table(folder / "predictions.parquet").to_pandas()
+            rows = rows[rows["role"] == "test"]
+            scores.append(roc_auc_score(rows["label"], rows["prob_lesion"]))
+        assert len(scores) == 5
+        return float(np.mean(scores))
+
+    assert [(r["init"], r["stack"]) for r in means] == list(itertools.product(("random", "scratch"), made))
+    for row in means:
+        assert float(row["mean AUROC"]) == pytest.approx(auroc(row["init"], row["stack"]))
+    found = {row["difference"]: float(row["AUROC"]) for row in pairs}
+    assert len(found) == 2 * 3
+    for init, (b, a) in itertools.product(("random", "scratch"), itertools.combinations(made, 2)):
+        assert found[f"{init}, {a} minus {b}"] == pytest.approx(auroc(init, a) - auroc(init, b), abs=5e-4)
+    said = visible(page)
+    change = auroc("random", "both") - auroc("random", "contrasts")
+    assert f"random (linear) {change:+.2f} (" in said and "Exploratory" in said
+    assert (
+        "folds grouped by subject, neighbouring slices of each contrast" in said
+    )  # each setting says its own
+
+
+def test_one_kind_of_stack_has_no_section(text: str) -> None:
+    assert 'id="stacks"' not in text and "neighbouring slices" not in text

@@ -32,6 +32,7 @@ def cell(root: Path, init: str, fold: int, fraction: float = 1.0, **columns: Any
         "task": "lesion",
         "cohort": "home",
         "contrasts": ["T1w"],
+        "stack": "contrasts",
         "scheme": "subject",
         "adaptation": "linear",
     }

@@ -198,11 +198,11 @@ def test_the_winner_is_fitted_as_the_same_settings_declared_by_hand(
     adapt.run_cell(without, folds(home))
     (section,) = report_search.section([searched.folder, without.folder, declared.folder])
     spent, winners = section.tables[0], section.folded[0]
-    assert [row[:5] for row in spent.rows] == [
-        ("lesion", "random", "finetune", 1, "0"),
-        ("lesion", "cnn", "finetune", 1, "5"),
+    assert [row[:6] for row in spent.rows] == [
+        ("lesion", "random", "finetune", "contrasts", 1, "0"),
+        ("lesion", "cnn", "finetune", "contrasts", 1, "5"),
     ]
-    assert spent.rows[1][5:] == (5, record["ended_early"], record["diverged"], record["epochs"])
+    assert spent.rows[1][6:] == (5, record["ended_early"], record["diverged"], record["epochs"])
     shown = [dict(zip(winners.columns, row, strict=True)) for row in winners.rows]
     assert shown[0]["won"] == "as declared: nobody to spare" and shown[0]["blr"] == ""
     assert shown[1]["blr"] == record["settings"]["blr"] and shown[1]["n select"] == 4

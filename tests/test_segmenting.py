@@ -246,3 +246,34 @@ def test_a_cnn_stands_beside_every_adaptation_and_one_table_holds_them_all(judge
     means = [store.read_manifest(job.folder)["metrics"]["test/dice/ventricle"] for job in (judged, conv)]
     assert [cell.split(" (")[0] for cell in random[1:]] == [f"{mean:.2f}" for mean in means]
     assert baseline == ("cnn", random[1], random[1])
+
+
+def test_who_is_in_no_fold_is_neither_learnt_from_nor_tested(cohorts, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    """With another kind of stack 001 and 004 cannot be used, so that no kind of stack is learnt from them."""
+    job = work(tmp_path, cohorts[0], fold=0)
+    segmenting.run_cell(job, {s: k for s, k in FOLDS.items() if s not in ("001", "004")})
+    counts = store.read_manifest(job.folder)["counts"]
+    assert (counts["n_train"], counts["n_test"]) == (3, 1)
+    assert set(pd.read_parquet(job.folder / segmenting.PREDICTIONS)["subject"]) == {"000"}
+
+
+def test_kinds_of_stack_stand_apart_and_are_compared_subject_by_subject(judged, cohorts, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    """The same cells again as if they were of other stacks, every Dice moved by what is then the difference."""
+    other = work(tmp_path, *cohorts, fold=0)
+    segmenting.run_cell(other, FOLDS)
+    table = report_segmentation.read([judged.folder, other.folder], {})
+    assert set(table["stack"]) == {"contrasts"}
+    moved = table.assign(stack="both", dice=table["dice"] + 0.25)
+    sections, said = report_segmentation.sections(pd.concat([table, moved], ignore_index=True), Link, 200)
+    (tests,) = (section for section in sections if section.key == "map-tests")
+    (between,) = tests.tables
+    assert between.name == (
+        "One kind of stack against another, random: Findings in home, linear decoder on frozen tokens, "
+        "folds grouped by subject"
+    )
+    assert [row[:2] for row in between.rows] == [
+        (region, "both minus contrasts") for region in ("lesion", "ventricle", "any")
+    ]
+    for row in between.rows:
+        assert row[2] == pytest.approx(0.25) and row[3] == "+0.25 to +0.25"
+    assert len(said) == 2 and "(T1w, neighbouring slices of each contrast)" in said[0] + said[1]

@@ -3,13 +3,14 @@ from __future__ import annotations
 import itertools
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from cranium import inventory, segmenting, store, sweep
+from cranium import adapt, inventory, segmenting, store, sweep
 from cranium.config import Experiment, Machine, UserError
 from cranium.store import Artefact
 from cranium.volume import fingerprint
@@ -97,7 +98,8 @@ def features(root: Path) -> dict[tuple[str, str], Artefact]:
 def test_a_clean_design_passes_and_the_grid_is_whole(tmp_path: Path):
     made = sets(tmp_path)
     grid = sweep.declare(
-        experiment(group_by=["subject", "head"]), Machine(store=tmp_path), made, features(tmp_path)
+        Machine(store=tmp_path),
+        [sweep.Part(experiment(group_by=["subject", "head"]), made, features(tmp_path))],
     )
     assert grid.stamps == ()
     assert len(grid.works) == 2 * 2 * (3 + 12)  # inits x fractions x (folds + heads)
@@ -117,9 +119,9 @@ def test_a_clean_design_passes_and_the_grid_is_whole(tmp_path: Path):
 def test_a_head_on_two_sides_is_refused_until_accepted_by_name(tmp_path: Path, heads, name):
     made = sets(tmp_path, **heads)
     with pytest.raises(UserError, match="accept by name") as refused:
-        sweep.assign(experiment(), made)
+        sweep.assign([sweep.Part(experiment(), made)])
     assert refused.value.code == "LEAKAGE" and name in str(refused.value)
-    _, stamps = sweep.assign(experiment(accept=[name]), made)
+    _, stamps = sweep.assign([sweep.Part(experiment(accept=[name]), made)])
     assert any("head" in stamp for stamp in stamps)
 
 
@@ -128,12 +130,12 @@ def test_an_unknown_group_is_no_group(tmp_path: Path):
     gaps = {
         name: [None if i % 5 == 0 else f"{name}{i}" for i in range(12)] for name in ("ssl", "home", "away")
     }
-    assert sweep.assign(experiment(), sets(tmp_path, **gaps))[1] == ()
+    assert sweep.assign([sweep.Part(experiment(), sets(tmp_path, **gaps))])[1] == ()
 
 
 def test_the_ssl_corpus_matters_only_to_backbones_made_from_it(tmp_path: Path):
     made = sets(tmp_path, ssl=["home1", "ssl1"])
-    _, stamps = sweep.assign(experiment(init=["random", "covariates"]), made)
+    _, stamps = sweep.assign([sweep.Part(experiment(init=["random", "covariates"]), made)])
     assert stamps == ()
 
 
@@ -141,7 +143,7 @@ def test_one_file_under_two_names_is_refused(tmp_path: Path):
     made = sets(tmp_path)
     made["away"] = shard_set(tmp_path / "copy", "away", ["away0"], tag="home")
     with pytest.raises(UserError, match="content"):
-        sweep.assign(experiment(), made)
+        sweep.assign([sweep.Part(experiment(), made)])
 
 
 def test_a_declared_overlap_is_refused_from_either_card(tmp_path: Path):
@@ -150,7 +152,7 @@ def test_a_declared_overlap_is_refused_from_either_card(tmp_path: Path):
         heads = [f"{name}{i}" for i in range(12)]
         declared = made | {name: shard_set(tmp_path / f"declared-{name}", name, heads, overlaps=[other])}
         with pytest.raises(UserError, match=r"overlap:ssl\+test"):
-            sweep.assign(experiment(), declared)
+            sweep.assign([sweep.Part(experiment(), declared)])
 
 
 def test_an_overlap_whose_ids_are_known_is_about_those_people_only(tmp_path: Path):
@@ -163,14 +165,14 @@ def test_an_overlap_whose_ids_are_known_is_about_those_people_only(tmp_path: Pat
             "away": shard_set(tmp_path / name, "away", heads, overlaps=["home"], overlap_ids=ids_of)
         }
 
-    assert sweep.assign(experiment(), declared("none", {}))[1] == ()
-    assert sweep.assign(experiment(), declared("others", {"05": ["77"], "xx": ["03"]}))[1] == ()
+    assert sweep.assign([sweep.Part(experiment(), declared("none", {}))])[1] == ()
+    assert sweep.assign([sweep.Part(experiment(), declared("others", {"05": ["77"], "xx": ["03"]}))])[1] == ()
     known = declared("known", {"05": ["03", "04"]})
     with pytest.raises(UserError, match="away/05 = home/03") as refused:
-        sweep.assign(experiment(), known)
+        sweep.assign([sweep.Part(experiment(), known)])
     assert "overlap:external+test" in str(refused.value)
     both = ["overlap:external+test", "overlap:external+train"]
-    (_, stamps) = sweep.assign(experiment(accept=both), known)
+    (_, stamps) = sweep.assign([sweep.Part(experiment(accept=both), known)])
     assert len(stamps) == 2 and all("away/05 = home/03" in stamp for stamp in stamps)
 
 
@@ -181,10 +183,10 @@ def test_one_head_under_two_names_in_two_collections_is_refused(tmp_path: Path):
     made["home"] = shard_set(tmp_path / "a", "home", own["home"], looks={3: copy})
     made["away"] = shard_set(tmp_path / "b", "away", own["away"], looks={9: look(424242, noise=0.12)})
     with pytest.raises(UserError, match=r"home/03 ~ away/09 \(0\.\d\d\)") as refused:
-        sweep.assign(experiment(), made)
+        sweep.assign([sweep.Part(experiment(), made)])
     assert "duplicate:external+test" in str(refused.value)
     both = ["duplicate:external+test", "duplicate:external+train"]
-    (_, stamps) = sweep.assign(experiment(accept=both), made)
+    (_, stamps) = sweep.assign([sweep.Part(experiment(accept=both), made)])
     assert len(stamps) == 2 and all("1 pair of sessions" in stamp for stamp in stamps)
 
 
@@ -193,7 +195,7 @@ def test_a_head_that_looks_the_same_within_a_cohort_may_not_be_split(tmp_path: P
     own = [f"home{i}" for i in range(12)]
     made["home"] = shard_set(tmp_path / "a", "home", own, looks={n: look(7) for n in range(0, 12, 2)})
     with pytest.raises(UserError, match=r"duplicate:test\+train"):
-        sweep.assign(experiment(), made)
+        sweep.assign([sweep.Part(experiment(), made)])
 
 
 def test_what_a_declared_group_ties_is_not_told_a_second_time(tmp_path: Path):
@@ -201,9 +203,9 @@ def test_what_a_declared_group_ties_is_not_told_a_second_time(tmp_path: Path):
     looks = {0: look(7), 1: look(7)}  # subjects 00 and 01 are of one head, and of one block
     own = {name: [f"{name}{i}" for i in range(12)] for name in ("home", "ssl")}
     made["home"] = shard_set(tmp_path / "a", "home", own["home"], looks=looks)
-    assert sweep.assign(experiment(group_by=["head"]), made)[1] == ()
+    assert sweep.assign([sweep.Part(experiment(group_by=["head"]), made)])[1] == ()
     made["ssl"] = shard_set(tmp_path / "b", "ssl", ["home0", *own["ssl"]], looks={0: look(7)})
-    (_, stamps) = sweep.assign(experiment(accept=["head:ssl+test"]), made)
+    (_, stamps) = sweep.assign([sweep.Part(experiment(accept=["head:ssl+test"]), made)])
     assert len(stamps) == 1 and "head" in stamps[0]
 
 
@@ -211,7 +213,10 @@ def test_identity_follows_what_shapes_the_result(tmp_path: Path):
     made, machine = sets(tmp_path), Machine(store=tmp_path)
 
     def folders(exp: Experiment, inputs: dict[tuple[str, str], Artefact] | None = None) -> list[str]:
-        return [w.folder.name for w in sweep.declare(exp, machine, made, inputs or features(tmp_path)).works]
+        return [
+            w.folder.name
+            for w in sweep.declare(machine, [sweep.Part(exp, made, inputs or features(tmp_path))]).works
+        ]
 
     base = folders(experiment())
     assert folders(experiment(compute={"num_workers": 4})) == base
@@ -225,8 +230,10 @@ def test_identity_follows_what_shapes_the_result(tmp_path: Path):
 
 def test_more_fractions_leave_the_other_cells_as_they_are(tmp_path: Path):
     made, machine = sets(tmp_path), Machine(store=tmp_path)
-    few = sweep.declare(experiment(label_fractions=[1.0]), machine, made, features(tmp_path))
-    many = sweep.declare(experiment(label_fractions=[0.25, 1.0]), machine, made, features(tmp_path))
+    few = sweep.declare(machine, [sweep.Part(experiment(label_fractions=[1.0]), made, features(tmp_path))])
+    many = sweep.declare(
+        machine, [sweep.Part(experiment(label_fractions=[0.25, 1.0]), made, features(tmp_path))]
+    )
     assert {w.folder for w in few.works} < {w.folder for w in many.works}
     assert np.array_equal(few.folds["lesion/subject/0"], many.folds["lesion/subject/0"])
 
@@ -234,7 +241,7 @@ def test_more_fractions_leave_the_other_cells_as_they_are(tmp_path: Path):
 def test_ways_to_learn_are_an_axis_and_rows_without_a_backbone_stand_once(tmp_path: Path):
     made = sets(tmp_path)
     ways = experiment(init=["random", "covariates", "cnn"], adaptation=["linear", "finetune"], seeds=[0])
-    grid = sweep.declare(ways, Machine(store=tmp_path), made, features(tmp_path))
+    grid = sweep.declare(Machine(store=tmp_path), [sweep.Part(ways, made, features(tmp_path))])
     count = Counter((work.cell.init, work.cell.adaptation) for work in grid.works)
     each = 2 * 3  # fractions x folds
     assert count == {
@@ -254,7 +261,10 @@ def test_a_cells_name_changes_with_the_settings_of_its_own_adaptation_only(tmp_p
     assert base.adapt
     lora = base.adapt.lora.model_copy(update={"rank": 4})
     other = base.model_copy(update={"adapt": base.adapt.model_copy(update={"lora": lora})})
-    grids = [sweep.declare(exp, Machine(store=tmp_path), made, features(tmp_path)) for exp in (base, other)]
+    grids = [
+        sweep.declare(Machine(store=tmp_path), [sweep.Part(exp, made, features(tmp_path))])
+        for exp in (base, other)
+    ]
     for one, two in zip(grids[0].works, grids[1].works, strict=True):
         assert (one.folder == two.folder) == (one.cell.adaptation == "linear")
 
@@ -266,11 +276,8 @@ def test_weights_of_another_pretraining_make_another_cell(tmp_path: Path):
         {
             work.folder
             for work in sweep.declare(
-                exp,
                 Machine(store=tmp_path),
-                made,
-                {},
-                weights={"scratch": Artefact(tmp_path / "pretrain" / name)},
+                [sweep.Part(exp, made, {}, weights={"scratch": Artefact(tmp_path / "pretrain" / name)})],
             ).works
         }
         for name in ("one", "two")
@@ -304,7 +311,7 @@ def test_contrasts_are_an_axis_and_the_same_people_stand_in_every_subset(tmp_pat
     made, machine = of_three(tmp_path), Machine(store=tmp_path)
 
     def grid(**contrasts: object) -> sweep.Grid:
-        return sweep.declare(experiment(contrasts=contrasts), machine, made, seen(tmp_path))
+        return sweep.declare(machine, [sweep.Part(experiment(contrasts=contrasts), made, seen(tmp_path))])
 
     plain, both = grid(), grid(train=["all", ["T1w"]])
     assert {w.folder for w in plain.works} < {w.folder for w in both.works}
@@ -326,7 +333,7 @@ def test_contrasts_are_an_axis_and_the_same_people_stand_in_every_subset(tmp_pat
     assert {c.name for c in one.shown} == {"home", "away"}
     assert one.shown[0].features == one.cohort.features  # all that is there is computed once
     moved = seen(tmp_path) | {("random", "away", "T2w"): Artefact(tmp_path / "embed" / "another")}
-    again = sweep.declare(experiment(contrasts={"test": "all subsets"}), machine, made, moved)
+    again = sweep.declare(machine, [sweep.Part(experiment(contrasts={"test": "all subsets"}), made, moved)])
     changed = [a.folder != b.folder for a, b in zip(every.works, again.works, strict=True)]
     assert changed == [w.cell.init == "random" for w in every.works]
     assert grid(test=[["T2w", "T1w"]]).works[0].folder == grid(test=[["T1w", "T2w"]]).works[0].folder
@@ -336,9 +343,67 @@ def test_how_hidden_contrasts_are_filled_is_part_of_a_cell(tmp_path: Path):
     made, machine = of_three(tmp_path), Machine(store=tmp_path)
     base = experiment(init=["covariates"], contrasts={"test": [["T1w"]]})
     other = base.model_copy(update={"embed": base.embed.model_copy(update={"fill": "replicate"})})
-    grids = [sweep.declare(exp, machine, made, {}) for exp in (base, other)]
+    grids = [sweep.declare(machine, [sweep.Part(exp, made, {})]) for exp in (base, other)]
     assert [g.works[0].cell.fill for g in grids] == ["zero", "replicate"]
     assert not {w.folder for w in grids[0].works} & {w.folder for w in grids[1].works}
+
+
+STACKS = ["contrasts", "neighbours", "both"]
+
+
+def of_each(root: Path, exp: Experiment) -> list[sweep.Part]:
+    """A shard set and features of each kind of stack; of `neighbours` some people lack T1w, or a session of it."""
+    parts = []
+    for stack in exp.stacks:
+        made = sets(root / stack)
+        for name, one in made.items():
+            one = Artefact(one.path.rename(one.path.with_name(f"{name}-{stack}")))
+            of = exp.of_stack(stack)
+            store.commit(one.path, one.manifest() | {"channels": list(of.ingest.channels)})
+            if stack == "neighbours" and name == "home":
+                table = pd.read_parquet(one.path / "sessions.parquet")
+                table.loc[table["subject"] == "07", "session"] = "2"
+                table[~table["subject"].isin(["04", "05"])].to_parquet(one.path / "sessions.parquet")
+            made[name] = one
+        seen = {key: Artefact(root / stack / "_".join(key)) for key in features(root)}
+        seen |= {(*key, "T1w"): Artefact(root / stack / "_".join([*key, "T1w"])) for key in features(root)}
+        parts.append(sweep.Part(of, made, seen))
+    return parts
+
+
+def test_kinds_of_stack_are_an_axis_on_the_same_people(tmp_path: Path):
+    exp = experiment(stack=STACKS, neighbours_of="T1w", contrasts={"train": ["all", ["T1w"]]})
+    parts = of_each(tmp_path, exp)
+    grid = sweep.declare(Machine(store=tmp_path), parts)
+    of = Counter(work.cell.stack for work in grid.works)
+    each = 2 * 2 * 3  # inits x fractions x folds
+    assert of == {"contrasts": 2 * each, "neighbours": each, "both": 2 * each}  # one contrast has no subsets
+    assert len({work.folder for work in grid.works}) == len(grid.works)
+    assert all(f"-{work.cell.stack}-subject-" in work.cell.name for work in grid.works)
+    (folds,) = grid.folds.values()
+    assert set(folds) == {f"{i:02d}" for i in range(24)} - {"04", "05", "07"}
+    people: dict[tuple[float, int], set[object]] = {}
+    for work in grid.works:
+        assert work.cohort.shard_set.name == f"home-{work.cell.stack}"
+        labelled, test = (tuple(part["subject"]) for part in adapt.divided(work, folds))
+        assert set(labelled) <= set(folds) and {folds[s] for s in test} == {work.cell.fold}
+        people.setdefault((work.cell.label_fraction, work.cell.fold), set()).add((labelled, test))
+    assert len(people) == 6 and all(len(same) == 1 for same in people.values())
+    # A grid of two kinds that lack nobody shares its cells with a grid of one of them.
+    alone = sweep.declare(Machine(store=tmp_path), parts[:1])
+    two = sweep.declare(Machine(store=tmp_path), [parts[0], parts[2]])
+    assert {w.folder for w in alone.works} < {w.folder for w in two.works}
+    assert set(next(iter(two.folds.values()))) == {f"{i:02d}" for i in range(24)}
+
+
+def test_every_kind_of_stack_passes_the_gate(tmp_path: Path):
+    """Somebody of the third stack's corpus alone is in the test folds."""
+    parts = of_each(tmp_path, experiment(stack=STACKS, neighbours_of="T1w"))
+    assert sweep.assign(parts)[1] == ()
+    ssl = shard_set(tmp_path / "other", "ssl", ["home1", "ssl1"])
+    leaky = replace(parts[2], shard_sets={**parts[2].shard_sets, "ssl": ssl})
+    with pytest.raises(UserError, match=r"head:ssl\+test"):
+        sweep.assign([*parts[:2], leaky])
 
 
 # ---- segmentation from the pixels -----------------------------------------------------------------------------------
@@ -372,7 +437,7 @@ def maps(root: Path, **decoder: object) -> sweep.Grid:
     assert set(wanted) == {("random", "home", "linear"), ("random", "home", "conv")}
     made = {key: Artefact(root / "embed" / "_".join(key)) for key in wanted}
     files = {"home": segmenting.LabelFiles(root, {})}
-    return sweep.declare(exp, tuned, {"home": Artefact(folder)}, made, files)
+    return sweep.declare(tuned, [sweep.Part(exp, {"home": Artefact(folder)}, made, files)])
 
 
 def test_label_maps_are_learnt_on_tokens_and_from_pixels_side_by_side(tmp_path: Path):

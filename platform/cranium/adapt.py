@@ -35,7 +35,9 @@ from cranium.tasks.metrics import Undefined, Value
 
 Array = NDArray[Any]
 
-RECIPE = 5  # 5: judged on subsets of contrasts; 4: more metrics; 3: what was learnt is kept; 2: adaptation is an axis
+# 6: kinds of stack are an axis, compared on the same subjects; 5: judged on subsets of contrasts; 4: more metrics;
+# 3: what was learnt is kept; 2: adaptation is an axis
+RECIPE = 6
 PREDICTIONS = "predictions.parquet"
 MOVED = ("sensitivity_at_home_threshold", "specificity_at_home_threshold")  # 90 % specificity at home
 HEAD = "head.safetensors"  # what was learnt, beside the predictions that it made
@@ -83,6 +85,15 @@ def subjects(shard_set: Path, task: Task) -> pd.DataFrame:
             return diagnosed(shard_set, task)
         case Segmentation():
             return segmenting.subjects(shard_set, task)
+
+
+def shared(shard_sets: Sequence[Path], task: Task) -> pd.DataFrame:
+    """The subjects a task can use in each of these, by the same session; the rows are those of the first."""
+    first, *others = (subjects(one, task) for one in shard_sets)
+    for other in others:
+        same = other[["subject", "session"]]
+        first = first.merge(same, on=["subject", "session"])
+    return first.reset_index(drop=True)
 
 
 def diagnosed(shard_set: Path, task: Classification) -> pd.DataFrame:
@@ -199,6 +210,9 @@ def _scores(predictions: pd.DataFrame, classes: Sequence[str]) -> dict[str, Valu
 def divided(work: Work, folds: Mapping[str, int]) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The labelled subjects of a cell, as many as its label fraction leaves, and those of its fold."""
     cell, home = work.cell, diagnosed(work.cohort.shard_set, work.task)
+    home = home[
+        home["subject"].isin(folds)
+    ]  # with another stack somebody may be lacking, and then is left out here
     fold_of = home["subject"].map(dict(folds)).to_numpy()
     rest = home[fold_of != cell.fold]
     labelled = splits.label_fraction(

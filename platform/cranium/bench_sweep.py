@@ -48,7 +48,7 @@ def run(spec: Spec, say: Callable[[str], None]) -> bench.Result:
     exp = experiment(spec)
     sets, features = generated(folder, spec)
     study = Study(exp, own, {}, Console(quiet=True))
-    grid = sweep.declare(exp, own, sets, features)
+    grid = sweep.declare(own, [sweep.Part(exp, sets, features)])
     alone = grid.works[:: max(1, len(grid.works) // 100)]  # some of every fraction
 
     def fits() -> None:
@@ -59,7 +59,7 @@ def run(spec: Spec, say: Callable[[str], None]) -> bench.Result:
                 shutil.rmtree(work.folder)
 
     def again() -> None:
-        whole = sweep.declare(exp, own, sets, features)
+        whole = sweep.declare(own, [sweep.Part(exp, sets, features)])
         assert not whole.missing
         recording.swept(study, whole, {})
 

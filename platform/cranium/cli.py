@@ -361,7 +361,7 @@ def export(
     what: Annotated[str, typer.Argument(metavar="FILE.yaml|run:ID", help="the experiment, or a run")],
     settings: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[key=value]...", help="init= out= name= size= licence= store= ..."),
+        typer.Argument(metavar="[key=value]...", help="init= stack= out= name= size= licence= store= ..."),
     ] = None,
     json: Json = False,
     debug: Debug = False,
@@ -389,7 +389,7 @@ def export(
 
             target = read_target(Path(what), rest)
             study = Study(target.exp, target.machine, target.cards, Console(stderr=True))
-            made = inventory.pretraining(study, spec.init)
+            made = inventory.pretraining(study, spec.init, spec.stack)
         exported = stage.export(made, spec)
         print(f"{exported.weights}  SHA-256 {exported.sha256}\n{exported.card}  how to use it")
         facts = {"weights": str(exported.weights), "card": str(exported.card), "sha256": exported.sha256}

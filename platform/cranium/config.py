@@ -671,6 +671,8 @@ class Sweep(Frozen):
     init: tuple[Init, ...] = ("random", "scratch")
     adaptation: tuple[Adaptation, ...] = Field(("linear",), min_length=1)
     contrasts: Contrasts = Contrasts()
+    stack: tuple[Stack, ...] = ()  # an axis of the grid, in place of ingest.stack; none: that alone
+    neighbours_of: Contrast | None = None  # the contrast of `neighbours`, where ingest.contrasts are several
     label_fractions: tuple[float, ...] = (0.1, 0.25, 0.5, 1.0)
     group_by: tuple[str, ...] = ("subject",)  # subject: k folds; a group column: leave one group out
     folds: int = Field(5, ge=2)
@@ -692,6 +694,13 @@ class Sweep(Frozen):
             way = WITHOUT_BACKBONE[init]
             return (way,) if isinstance(task, Classification) or init == "cnn" else ()
         return tuple(adaptation for adaptation in self.adaptation if adaptation in known)
+
+    @field_validator("stack")
+    @classmethod
+    def _stacks_differ(cls, stacks: tuple[Stack, ...]) -> tuple[Stack, ...]:
+        if len(set(stacks)) != len(stacks):
+            raise ValueError(f"{list(stacks)} names one twice")
+        return stacks
 
     @field_validator("label_fractions")
     @classmethod
@@ -729,6 +738,38 @@ class Experiment(Frozen):
     @property
     def arch(self) -> Arch:
         return self.pretrain.arch if self.pretrain else "vit_small_patch14_dinov2"
+
+    @property
+    def stacks(self) -> tuple[Stack, ...]:
+        """The kinds of stack that it compares, or its only one."""
+        return self.sweep.stack if self.sweep and self.sweep.stack else (self.ingest.stack,)
+
+    def of_stack(self, stack: Stack) -> Experiment:
+        """It with this kind of stack alone, as if nothing else had been asked for; itself where it has no such axis.
+
+        `neighbours` sees one contrast: `sweep.contrasts` and `stream.contrasts` then have nothing left to choose from.
+        Raises ValueError where that is no experiment.
+        """
+        if self.sweep is None or not self.sweep.stack:
+            return self
+        ingest: dict[str, Any] = {"stack": stack}
+        sweep: dict[str, Any] = {"stack": (), "neighbours_of": None}
+        stream: dict[str, Any] = {}
+        if stack == "neighbours":
+            kept = self.sweep.neighbours_of or self.ingest.contrasts[0]
+            ingest["contrasts"] = (kept,)
+            sweep["contrasts"] = Contrasts()
+            stream["contrasts"] = tuple(c for c in self.stream.contrasts if c == kept)
+        updated = {
+            "ingest": self.ingest.model_dump() | ingest,
+            "sweep": self.sweep.model_dump() | sweep,
+            "stream": self.stream.model_dump() | stream,
+        }
+        try:
+            return Experiment.model_validate(self.model_dump() | updated)
+        except ValidationError as error:
+            reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+            raise ValueError(f"sweep.stack: {stack}: {reason}") from None
 
     @model_validator(mode="after")
     def _whole(self) -> Self:
@@ -787,10 +828,42 @@ class Experiment(Frozen):
                         "`attention` under sweep.adaptation"
                     )
             self._contrasts_exist(self.sweep.contrasts)
+            self._stacks_exist(self.sweep)
             useful = {way for kind in kinds for way in ADAPTATIONS[kind]}
             if useless := sorted(set(self.sweep.adaptation) - useful):
                 raise ValueError(f"sweep.adaptation names {useless}, by which no task here is learnt")
         return self
+
+    def _stacks_exist(self, spec: Sweep) -> None:
+        contrasts = list(self.ingest.contrasts)
+        if spec.neighbours_of and "neighbours" not in spec.stack:
+            raise ValueError(
+                f"sweep.neighbours_of: {spec.neighbours_of} is of `neighbours`, which sweep.stack does not name"
+            )
+        if spec.neighbours_of and spec.neighbours_of not in contrasts:
+            raise ValueError(
+                f"sweep.neighbours_of: {spec.neighbours_of} is none of ingest.contrasts {contrasts}"
+            )
+        if "neighbours" in spec.stack and len(contrasts) > 1 and not spec.neighbours_of:
+            raise ValueError(
+                f"sweep.stack: neighbours takes one of ingest.contrasts {contrasts}; name it, e.g. "
+                f"sweep.neighbours_of: {contrasts[0]}"
+            )
+        made: dict[tuple[object, ...], Stack] = {}
+        for stack in spec.stack:
+            ingest = self.of_stack(stack).ingest
+            twin = made.setdefault((ingest.channels, ingest.shape), stack)
+            if twin != stack:
+                raise ValueError(
+                    f"sweep.stack: {twin} and {stack} of {list(ingest.channels)} are the same stacks "
+                    f"{list(ingest.shape)}; leave one out"
+                )
+        runs = [init for init in spec.init if init.startswith("run:")]
+        if runs and len(spec.stack) > 1:
+            raise ValueError(
+                f"sweep.init: {runs[0]} was pretrained on stacks of one kind and fits no other; name that kind alone "
+                f"in sweep.stack, or take scratch or brainfound, which are pretrained on each"
+            )
 
     def _contrasts_exist(self, spec: Contrasts) -> None:
         if spec == Contrasts():
@@ -830,11 +903,12 @@ class Cell(Frozen):
     contrasts: tuple[str, ...]  # learnt from; its own test sees the same
     subsets: tuple[tuple[str, ...], ...] = ()  # of contrasts, that it is judged on besides
     fill: Fill = "zero"  # of contrasts that are absent or hidden
+    stack: Stack = "contrasts"
 
     @property
     def name(self) -> str:
-        made = f"{self.task}-{self.init.replace(':', '_')}-{self.adaptation}-{'_'.join(self.contrasts)}-{self.scheme}"
-        return f"{made}-f{round(self.label_fraction * 1000):04d}-k{self.fold}-s{self.seed}"
+        made = f"{self.task}-{self.init.replace(':', '_')}-{self.adaptation}-{'_'.join(self.contrasts)}-{self.stack}"
+        return f"{made}-{self.scheme}-f{round(self.label_fraction * 1000):04d}-k{self.fold}-s{self.seed}"
 
 
 # ---- machine facts --------------------------------------------------------------------------------------------------

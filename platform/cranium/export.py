@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cranium import __version__, checkpoint, store
-from cranium.config import NAME, Frozen, UserError
+from cranium.config import NAME, Frozen, Stack, UserError
 from cranium.models import positions, vit
 from cranium.models.architectures import ARCHITECTURES
 from cranium.store import Artefact
@@ -29,6 +29,7 @@ class Spec(Frozen):
     """`cranium export WHAT key=value ...`"""
 
     init: str | None = None  # which of an experiment's pretrainings; the only one if not given
+    stack: Stack | None = None  # and of which kind of stack, where it compares several
     out: Path = Path()  # folder
     name: str | None = Field(None, pattern=NAME)
     size: int | None = Field(None, ge=14)  # pixels a side; that of the training if not given

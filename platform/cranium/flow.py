@@ -16,15 +16,19 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from cranium import cluster, inventory, meters, recording, store, trust
-from cranium.config import FROZEN, UserError, to_yaml
+from cranium.config import FROZEN, Stack, UserError, to_yaml
 from cranium.inventory import Features
 from cranium.reading import share
 from cranium.store import Artefact
 from cranium.study import Study, bar
 
 if TYPE_CHECKING:
-    from cranium.sweep import Grid
+    from cranium.sweep import Grid, Part
 
+# By kind of stack, then by cohort, by initialisation, and as `inventory.Features`.
+Sets = Mapping[Stack, Mapping[str, Artefact]]
+Pretrained = Mapping[Stack, Mapping[str, Artefact]]
+Embedded = Mapping[Stack, Features]
 
 # ---- verbs, in the order data flows ---------------------------------------------------------------------------------
 
@@ -49,8 +53,12 @@ def demo(study: Study) -> Artefact:
     return made
 
 
-def ingest(study: Study) -> dict[str, Artefact]:
-    """Every cohort of the experiment as a shard set, by name."""
+def ingest(study: Study) -> Sets:
+    """Every cohort of the experiment as a shard set of each kind of stack."""
+    return {stack: _ingest(view) for stack, view in study.views().items()}
+
+
+def _ingest(study: Study) -> dict[str, Artefact]:
     from cranium import ingest as stage
 
     sets: dict[str, Artefact] = {}
@@ -58,7 +66,7 @@ def ingest(study: Study) -> dict[str, Artefact]:
         card, raw = study.cards[cohort], inventory.raw_folder(study, cohort)
         if raw is None:
             continue
-        name = f"ingest {cohort}"
+        name = study.named(f"ingest {cohort}")
         made = inventory.shard_set_of(study, cohort, raw)
         if made.done and not (made.path / "work").is_dir():  # else it was killed before it had tidied up
             study.skipped(name)
@@ -77,16 +85,16 @@ def _quality_page(study: Study, cohort: str, made: Artefact) -> None:
     from cranium.figures import cohort as figures
 
     if not figures.current(made.path):
-        with study.stage(f"quality {cohort}") as tell:
+        with study.stage(study.named(f"quality {cohort}")) as tell:
             figures.write(made.path, share() / "dashboards" / "quality.html.j2", tell)
     page = made.path / figures.PAGE
-    study.made[f"quality {cohort}"] = str(page)
-    study.console.print(f"  {cohort}: quality page {page}", highlight=False, soft_wrap=True)
+    study.made[study.named(f"quality {cohort}")] = str(page)
+    study.console.print(f"  {study.named(cohort)}: quality page {page}", highlight=False, soft_wrap=True)
 
 
 def _count(study: Study, cohort: str, made: Artefact) -> None:
     manifest = made.manifest()
-    counts = manifest["counts"]
+    counts, cohort = manifest["counts"], study.named(cohort)
     text = f"{counts['stacks']} stacks of {counts['subjects']} subjects from {counts['accepted']} scans"
     study.console.print(f"  {cohort}: {text}", highlight=False)
     for note in manifest["notes"]:
@@ -94,14 +102,14 @@ def _count(study: Study, cohort: str, made: Artefact) -> None:
     if gone := len(manifest.get("forgotten", ())):
         study.note(f"{cohort}: {gone} of its subjects {'is' if gone == 1 else 'are'} forgotten and left out")
     if counts["rejected"]:
-        study.rejected = True
+        study.whole.rejected = True
         reasons = ", ".join(f"{n} x {code}" for code, n in sorted(manifest["rejections"].items()))
         table = made.path / "quarantine.parquet"
         study.note(
             f"{cohort}: {counts['rejected']} of {counts['scans']} scans rejected ({reasons}); see {table}"
         )
     if counts.get("label_maps_rejected"):
-        study.rejected = True
+        study.whole.rejected = True
         lost = counts["label_maps_rejected"]
         kept = counts["label_maps_accepted"] + counts["label_maps_warned"]
         study.note(
@@ -109,8 +117,12 @@ def _count(study: Study, cohort: str, made: Artefact) -> None:
         )
 
 
-def pretrain(study: Study, sets: Mapping[str, Artefact] | None = None) -> dict[str, Artefact]:
-    """Every pretraining of the experiment, by the initialisation it makes."""
+def pretrain(study: Study, sets: Sets | None = None) -> Pretrained:
+    """Every pretraining of the experiment, by the initialisation it makes; of each kind of stack one."""
+    return {s: _pretrain(view, sets[s] if sets else None) for s, view in study.views().items()}
+
+
+def _pretrain(study: Study, sets: Mapping[str, Artefact] | None) -> dict[str, Artefact]:
     spec = study.exp.pretrain
     if spec is None:
         return {}
@@ -121,10 +133,10 @@ def pretrain(study: Study, sets: Mapping[str, Artefact] | None = None) -> dict[s
 
     results: dict[str, Artefact] = {}
     for init in spec.inits:
-        name = f"pretrain {init}"
+        name = study.named(f"pretrain {init}")
         made = stage.artefact(study.exp, study.machine, init, corpus)
         study.made[name] = str(made.path)
-        study.made[f"health {init}"] = str(made.path / health_page.PAGE)
+        study.made[study.named(f"health {init}")] = str(made.path / health_page.PAGE)
         fresh = not made.done
         if fresh:
             _write_resolved(study, made)
@@ -170,15 +182,18 @@ def replay(study: Study, capture: Path) -> None:
     spec = study.exp.pretrain
     if spec is None:
         raise UserError("CONFIG", f"experiment {study.exp.name} has no `pretrain:`: nothing to replay")
-    sets = inventory.ingested(study, spec.cohorts)
-    corpus = [inventory.had(sets, study, cohort) for cohort in spec.cohorts]
     from cranium import pretrain as stage
     from cranium import replay as again
 
-    inits = {stage.artefact(study.exp, study.machine, init, corpus).path.name: init for init in spec.inits}
-    init = inits.get(capture.absolute().parents[1].name, spec.inits[0])
+    found: dict[str, tuple[Study, str, list[Artefact]]] = {}
+    for view in study.views().values():
+        sets = inventory.ingested(view, spec.cohorts)
+        corpus = [inventory.had(sets, view, cohort) for cohort in spec.cohorts]
+        for init in spec.inits:
+            found[stage.artefact(view.exp, view.machine, init, corpus).path.name] = (view, init, corpus)
+    of, name, seen = found.get(capture.absolute().parents[1].name, next(iter(found.values())))
     with study.stage("replay"), cluster.connect(study.machine):
-        lines = again.replay(study.exp, study.machine, init, corpus, capture)
+        lines = again.replay(of.exp, of.machine, name, seen, capture)
     for line in lines:
         study.note(line)
 
@@ -196,17 +211,27 @@ def _monitored(study: Study, sets: Mapping[str, Artefact]) -> Artefact | None:
     return inventory.had(inventory.ingested(study, (spec.cohort,)) | dict(sets), study, spec.cohort)
 
 
-def embed(
-    study: Study, sets: Mapping[str, Artefact] | None = None, pretrained: Mapping[str, Artefact] | None = None
+def embed(study: Study, sets: Sets | None = None, pretrained: Pretrained | None = None) -> Embedded:
+    """Features of every cohort a task uses under every initialisation of the sweep, of each kind of stack."""
+    if study.exp.sweep is None or study.exp.adapt is None:
+        raise UserError(
+            "CONFIG", f"experiment {study.exp.name} has no `adapt:` and `sweep:`: nothing to embed for"
+        )
+    return {
+        s: _embed(view, sets[s] if sets else None, pretrained[s] if pretrained else None)
+        for s, view in study.views().items()
+    }
+
+
+def _embed(
+    study: Study, sets: Mapping[str, Artefact] | None, pretrained: Mapping[str, Artefact] | None
 ) -> Features:
-    """Features of every cohort a task uses under every initialisation of the sweep."""
     from cranium import embed as stage
     from cranium import tokens as dense
     from cranium import volumes
 
     exp = study.exp
-    if exp.sweep is None or exp.adapt is None:
-        raise UserError("CONFIG", f"experiment {exp.name} has no `adapt:` and `sweep:`: nothing to embed for")
+    assert exp.adapt
     cohorts = tuple(dict.fromkeys(c for task in exp.adapt.tasks for c in (task.cohort, *task.external)))
     sets = inventory.ingested(study, cohorts) if sets is None else sets
     pretrained = inventory.pretrainings(study) if pretrained is None else pretrained
@@ -214,7 +239,7 @@ def embed(
     for init, cohort, way in inventory.to_embed(exp):
         if cohort not in sets or init in study.missing:
             continue
-        name = " ".join(["embed", init, cohort, *([way] if way else [])])
+        name = study.named(" ".join(["embed", init, cohort, *([way] if way else [])]))
         weights = inventory.weights(study, init, pretrained)
         made = inventory.embeddings(study, init, sets[cohort], weights, way)
         if all(one.done for one in made.values()):
@@ -253,27 +278,24 @@ def _require_same_preprocessing(grid: Grid) -> None:
         stage.require_same_preprocessing(Artefact(pretrained), store.read_manifest(shard_set))
 
 
-def sweep(study: Study, sets: Mapping[str, Artefact] | None = None, features: Features | None = None) -> Grid:
+def sweep(study: Study, sets: Sets | None = None, features: Embedded | None = None) -> Grid:
     """Every cell of the declared grid that is not there yet."""
     from cranium import sweep as stage
 
     if study.exp.sweep is None or study.exp.adapt is None:
         raise UserError("CONFIG", f"experiment {study.exp.name} has no `adapt:` and `sweep:`")
-    if sets is None:
-        sets = inventory.ingested(study, study.exp.ingest.cohorts)
-    features = inventory.embedded(study, sets) if features is None else features
-    exp = inventory.obtainable(study, sets)
-    grid = stage.declare(
-        exp, study.machine, sets, features, inventory.label_files(study), inventory.started(study)
-    )
+    parts = _parts(study, _ingested(study) if sets is None else sets, features)
+    grid = stage.declare(study.machine, parts)
     study.made["sweep"] = str(grid.artefact.path)
     cells = len(grid.missing)
     failures: dict[str, str] = {}
     if cells or not grid.artefact.done:
         _write_resolved(study, grid.artefact)
         if any(work.cell.adaptation not in FROZEN for work in grid.missing):
-            for cohort in {c.name for work in grid.missing for c in (work.cohort, *work.external)}:
-                trust.check(sets[cohort])
+            for folder in sorted(
+                {c.shard_set for work in grid.missing for c in (work.cohort, *work.external)}
+            ):
+                trust.check(Artefact(folder))
             _require_same_preprocessing(grid)
         with (
             store.lock(study.machine.store, grid.artefact.id),
@@ -281,7 +303,7 @@ def sweep(study: Study, sets: Mapping[str, Artefact] | None = None, features: Fe
             _working(study, "sweep", grid.artefact),
             recording.sweeping(study, grid, tell) as live,
         ):
-            failures = stage.sweep(grid, exp, live)
+            failures = stage.sweep(grid, parts[0].exp, live)
     else:
         study.skipped(f"sweep ({len(grid.works)} cells)")
     for stamp in grid.stamps:
@@ -297,40 +319,54 @@ def sweep(study: Study, sets: Mapping[str, Artefact] | None = None, features: Fe
     return grid
 
 
-def _declared(study: Study, sets: Mapping[str, Artefact]) -> Grid:
+def _ingested(study: Study) -> Sets:
+    return {s: inventory.ingested(view, study.exp.ingest.cohorts) for s, view in study.views().items()}
+
+
+def _parts(study: Study, sets: Sets, features: Embedded | None = None) -> list[Part]:
+    """What the grid is made of; the features must be there."""
+    views = study.views()
+    if features is None:
+        features = {s: inventory.embedded(view, sets[s]) for s, view in views.items()}
+    return inventory.parts(views, sets, features)
+
+
+def _declared(study: Study, sets: Sets) -> Grid:
     """The grid of an experiment whose features are there."""
     from cranium import sweep as grids
 
-    exp, features = inventory.obtainable(study, sets), inventory.embedded(study, sets)
-    return grids.declare(
-        exp, study.machine, sets, features, inventory.label_files(study), inventory.started(study)
-    )
+    return grids.declare(study.machine, _parts(study, sets))
 
 
 def sync(study: Study) -> None:
     """Send whatever MLflow lacks of what is done."""
-    sets = inventory.ingested(study, study.exp.ingest.cohorts)
-    recording.sync(study, inventory.pretrainings(study), _declared(study, sets) if study.exp.sweep else None)
+    pretrained = {s: inventory.pretrainings(view) for s, view in study.views().items()}
+    recording.sync(study, pretrained, _declared(study, _ingested(study)) if study.exp.sweep else None)
 
 
 def report(
     study: Study,
-    sets: Mapping[str, Artefact] | None = None,
-    pretrained: Mapping[str, Artefact] | None = None,
+    sets: Sets | None = None,
+    pretrained: Pretrained | None = None,
     grid: Grid | None = None,
 ) -> Artefact:
     """One page on all of it: what was asked, what was found, what could not be had."""
     from cranium import report as stage
 
-    exp = study.exp
-    sets = inventory.ingested(study, exp.ingest.cohorts) if sets is None else sets
-    pretrained = inventory.pretrainings(study) if pretrained is None else pretrained
+    exp, views = study.exp, study.views()
+    sets = _ingested(study) if sets is None else sets
+    if pretrained is None:
+        pretrained = {s: inventory.pretrainings(view) for s, view in views.items()}
     if grid is None:
         grid = _declared(study, sets)
         if grid.missing:
             count = f"{len(grid.missing)} of {len(grid.works)}"
             raise UserError("NOT_SWEPT", f"{count} cells are not there yet; run `cranium sweep` first")
-    tracked = {name: recording.runs(study, made).get("run", "") for name, made in pretrained.items()}
+    named = {views[s].named(init): made for s, inits in pretrained.items() for init, made in inits.items()}
+    shown = max(
+        sets, key=lambda stack: len(views[stack].exp.ingest.channels)
+    )  # of whose stacks cohorts are shown
+    tracked = {name: recording.runs(study, made).get("run", "") for name, made in named.items()}
     tracked["sweep"] = recording.runs(study, grid.artefact).get("run", "")
     tracked = {name: run for name, run in tracked.items() if run}
     demo_made = inventory.demo_artefact(study)
@@ -339,8 +375,8 @@ def report(
         "report": exp.report,
         "asks": exp.asks,
         "grid": grid.artefact.id,
-        "pretrained": [made.id for made in pretrained.values()],
-        "shards": [made.id for made in sets.values()],
+        "pretrained": [made.id for made in named.values()],
+        "shards": [made.id for some in sets.values() for made in some.values()],
         "missing": study.missing,
         "runs": tracked,
         "code": recording.git(),
@@ -355,14 +391,17 @@ def report(
         stage.write(
             exp.name,
             stage.ReportInputs(
-                cohorts=[shards.path for shards in sets.values()],
-                pretraining={name: result.path / "journal" for name, result in pretrained.items()},
+                cohorts=[shards.path for shards in sets[shown].values()],
+                pretraining={name: result.path / "journal" for name, result in named.items()},
                 cells=[work.folder for work in grid.works],
-                source=str(demo_made.manifest()["stamp"]) if demo_made else ", ".join(sets),
+                source=str(demo_made.manifest()["stamp"]) if demo_made else ", ".join(sets[shown]),
                 title=exp.report.title,
                 asks=exp.asks,
                 stamps=grid.stamps,
-                notes=[f"{what}: {why}" for what, why in (had_not | study.missing).items()],
+                notes=[
+                    *(f"{what}: {why}" for what, why in (had_not | study.missing).items()),
+                    *([f"Cohorts and counts are those of `stack: {shown}`."] if len(sets) > 1 else []),
+                ],
                 seconds=dict(study.seconds),
                 config=to_yaml(exp),
                 git=recording.git(),
@@ -402,23 +441,24 @@ def resume(study: Study) -> None:
         from cranium import pretrain as stage
 
         try:
-            sets = inventory.ingested(study, spec.cohorts)
+            sets = {s: inventory.ingested(view, spec.cohorts) for s, view in study.views().items()}
         except UserError as error:
             if error.code != "NOT_INGESTED":
                 raise
         else:
-            for init in spec.inits:
-                corpus = [inventory.had(sets, study, cohort) for cohort in spec.cohorts]
-                stage.check_resume(study.exp, study.machine, init, corpus)
+            for stack, view in study.views().items():
+                for init in spec.inits:
+                    corpus = [inventory.had(sets[stack], view, cohort) for cohort in spec.cohorts]
+                    stage.check_resume(view.exp, view.machine, init, corpus)
     run(study)
 
 
-def _gate(study: Study, sets: Mapping[str, Artefact]) -> None:
+def _gate(study: Study, sets: Sets) -> None:
     """Refuse leakage before hours are spent on training."""
     from cranium import sweep as stage
 
     if study.exp.sweep is not None:
-        stage.assign(inventory.obtainable(study, sets), sets)
+        stage.assign(inventory.parts(study.views(), sets))
 
 
 def _write_resolved(study: Study, made: Artefact) -> None:

@@ -18,6 +18,7 @@ from cranium.config import (
     Experiment,
     Machine,
     Segmentation,
+    Stack,
     UserError,
     hiding,
 )
@@ -26,6 +27,7 @@ from cranium.study import Study, clock
 
 if TYPE_CHECKING:
     from cranium.segmenting import LabelFiles
+    from cranium.sweep import Part
 
 Features = dict[tuple[str, ...], Artefact]  # see `sweep.Features`
 DEMO_COHORTS = ("demo_ssl", "demo", "demo_external")
@@ -115,9 +117,12 @@ def pretrainings(study: Study) -> dict[str, Artefact]:
     return made
 
 
-def pretraining(study: Study, init: str | None = None) -> Artefact:
-    """The finished pretraining of the experiment that makes `init`; None: the only one there is."""
-    made = pretrainings(study)
+def pretraining(study: Study, init: str | None = None, stack: Stack | None = None) -> Artefact:
+    """The finished pretraining that makes `init` of stacks of this kind; None: the only one there is."""
+    views = study.views()
+    if (stack is None and len(views) > 1) or (stack is not None and stack not in views):
+        raise UserError("USAGE", f"of which stacks? stack=... one of {', '.join(views)}")
+    made = pretrainings(views[stack] if stack else next(iter(views.values())))
     if init is None and len(made) == 1:
         return next(iter(made.values()))
     if init not in made:
@@ -220,6 +225,29 @@ def started(study: Study) -> dict[str, Artefact]:
     pretrained = pretrainings(study)
     found = {init: weights(study, init, pretrained) for init in exp.sweep.init if init not in study.missing}
     return {init: made for init, made in found.items() if made}
+
+
+def parts(
+    views: Mapping[Stack, Study],
+    sets: Mapping[Stack, Mapping[str, Artefact]],
+    features: Mapping[Stack, Features] | None = None,
+) -> list[Part]:
+    """What a grid is made of, by kind of stack; without features, what is needed to assign folds."""
+    from cranium.sweep import Part
+
+    exps = {stack: obtainable(view, sets[stack]) for stack, view in views.items()}
+    every = [exp.sweep.group_by for exp in exps.values() if exp.sweep]
+    group_by = tuple(scheme for scheme in every[0] if all(scheme in one for one in every))
+    found = []
+    for stack, view in views.items():
+        sweep = exps[stack].sweep
+        assert sweep
+        exp = exps[stack].model_copy(update={"sweep": sweep.model_copy(update={"group_by": group_by})})
+        if features is None:
+            found.append(Part(exp, sets[stack]))
+        else:
+            found.append(Part(exp, sets[stack], features[stack], label_files(view), started(view)))
+    return found
 
 
 def obtainable(study: Study, sets: Mapping[str, Artefact]) -> Experiment:

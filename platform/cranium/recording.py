@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cranium import meters, store, track
-from cranium.config import fingerprint
+from cranium.config import Stack, fingerprint
 from cranium.store import Artefact
 from cranium.study import Study, Tell
 
@@ -34,8 +34,9 @@ def _tracking(study: Study) -> Iterator[None]:
 
 
 def _tracker(study: Study) -> track.Tracker:
-    study.tracker = study.tracker or track.Tracker(study.machine.tracking, study.exp.name)
-    return study.tracker
+    whole = study.whole
+    whole.tracker = whole.tracker or track.Tracker(study.machine.tracking, study.exp.name)
+    return whole.tracker
 
 
 def _mark(study: Study, made: Artefact) -> Path:
@@ -72,14 +73,21 @@ def git() -> str:
 def _pretrain_run(study: Study, init: str, made: Artefact) -> str:
     assert study.exp.pretrain
     manifest = ",".join(
-        Artefact(Path(study.made[f"ingest {c}"])).path.name
+        Artefact(Path(study.made[named])).path.name
         for c in study.exp.pretrain.cohorts
-        if f"ingest {c}" in study.made
+        if (named := study.named(f"ingest {c}")) in study.made
     )
     run = _tracker(study).run(
         made.id,
-        f"pretrain {init}",
-        _tags(study, stage="pretrain", init=init, manifest=manifest, artefact=made.id),
+        study.named(f"pretrain {init}"),
+        _tags(
+            study,
+            stage="pretrain",
+            init=init,
+            stack=study.exp.ingest.stack,
+            manifest=manifest,
+            artefact=made.id,
+        ),
     )
     _tracker(study).params(run, track.flatten(study.exp.pretrain.model_dump(mode="json")))
     return run
@@ -131,7 +139,7 @@ def pretrained(study: Study, init: str, made: Artefact, fresh: bool, ask: bool =
 
     if _mark(study, made).is_file() and not fresh:
         return
-    with study.stage(f"track {init}"), _tracking(study):
+    with study.stage(study.named(f"track {init}")), _tracking(study):
         run = _pretrain_run(study, init, made)
         tracker = _tracker(study)
         for folder in JOURNALS:
@@ -144,10 +152,11 @@ def pretrained(study: Study, init: str, made: Artefact, fresh: bool, ask: bool =
         store.write_atomic(_mark(study, made), json.dumps({"run": run}))
 
 
-def sync(study: Study, pretrainings: Mapping[str, Artefact], grid: Grid | None) -> None:
+def sync(study: Study, pretrainings: Mapping[Stack, Mapping[str, Artefact]], grid: Grid | None) -> None:
     """Send whatever MLflow lacks of these, which are done: it was wiped, or put back as it was some time ago."""
-    for init, made in pretrainings.items():
-        pretrained(study, init, made, fresh=True, ask=True)
+    for stack, view in study.views().items():
+        for init, made in pretrainings[stack].items():
+            pretrained(view, init, made, fresh=True, ask=True)
     if grid is not None and grid.artefact.done:
         mark = _mark(study, grid.artefact)
         for file in (mark, mark.with_suffix(PART)):

@@ -21,6 +21,7 @@ from cranium import (
     report_contrasts,
     report_search,
     report_segmentation,
+    report_stacks,
     report_strata,
     wording,
 )
@@ -113,10 +114,12 @@ def write(exp_name: str, inputs: ReportInputs, out: Path) -> Path:
     cells = comparison.beside_references(cells)
     found = comparison.points(cells, inputs.bootstrap)
     pairs = comparison.comparisons(found, inputs.bootstrap)
+    kinds = comparison.between_stacks(found, inputs.bootstrap)
     on_maps, said = ([], []) if maps is None else report_segmentation.sections(maps, ui, inputs.bootstrap)
     sections = [
         *(_results(found, pairs, inputs) if found else []),
         *report_adaptations.section(found, inputs.bootstrap),
+        *report_stacks.section(found, kinds),
         *report_contrasts.section(cells, inputs.bootstrap),
         *report_strata.section(judged, inputs.bootstrap),
         *report_search.section(judged),
@@ -130,7 +133,12 @@ def write(exp_name: str, inputs: ReportInputs, out: Path) -> Path:
         "title": inputs.title or exp_name,
         "source": inputs.source,
         "stamps": list(inputs.stamps),
-        "answer": [*([inputs.asks] if inputs.asks else []), *_answer(found, pairs), *said],
+        "answer": [
+            *([inputs.asks] if inputs.asks else []),
+            *_answer(found, pairs),
+            *report_stacks.answer(kinds),
+            *said,
+        ],
         "facts": _facts(cohorts, len(inputs.cells)),
         "sections": sections,
         "notes": [*inputs.notes, *(note for _, notes in read for note in notes)],
@@ -174,6 +182,7 @@ def _read_cell(folder: Path, run_id: str) -> tuple[Cell, list[str]]:
             task=str(manifest["task"]["name"]),
             cohort=str(spec["cohort"]),
             contrasts=" + ".join(spec["contrasts"]),
+            stack=str(spec["stack"]),
             scheme=str(spec["scheme"]),
             adaptation=str(spec["adaptation"]),
         ),
@@ -332,7 +341,13 @@ def _settings(found: Sequence[Point]) -> list[Setting]:
     """Ordinary folds before leave one group out."""
     return sorted(
         {p.setting for p in found},
-        key=lambda s: (s[:3], s.scheme != "subject", s.scheme, comparison.cheapness(s.adaptation)),
+        key=lambda s: (
+            s[:2],
+            comparison.by_stack(s),
+            s.scheme != "subject",
+            s.scheme,
+            comparison.cheapness(s.adaptation),
+        ),
     )
 
 

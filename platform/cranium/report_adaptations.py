@@ -25,9 +25,7 @@ def section(found: Sequence[Point], resamples: int) -> list[Section]:
         ours = [p for p in top if p.setting._replace(adaptation="") == task]
         full = max(p.label_fraction for p in ours)
         ours = [p for p in ours if p.label_fraction == full]
-        where = wording.setting(task, [task])
-        if len({p.setting.contrasts for p in top}) > 1:
-            where += f", learnt from {task.contrasts}"
+        where = wording.setting(task, {p.setting._replace(adaptation="") for p in top})
         tables += [_crossed(ours, where), _calibration(ours, where)]
         mine = [p for p in pairs if p.setting._replace(adaptation="") == task]
         smaller.append(_between(mine, f"One adaptation against another: {where}"))

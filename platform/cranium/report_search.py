@@ -33,15 +33,17 @@ def section(folders: Sequence[Path]) -> list[Section]:
 
 
 def _place(cell: Mapping[str, Any]) -> tuple[Any, ...]:
-    order = (cell[key] for key in ("adaptation", "contrasts", "label_fraction", "scheme", "fold", "seed"))
+    order = (
+        cell[key] for key in ("adaptation", "stack", "contrasts", "label_fraction", "scheme", "fold", "seed")
+    )
     return (cell["task"], rank(cell["init"]), *order)
 
 
 def _spent(found: Sequence[Mapping[str, Any]]) -> Table:
-    groups: dict[tuple[str, str, str], list[Mapping[str, Any]]] = defaultdict(list)
+    groups: dict[tuple[str, str, str, str], list[Mapping[str, Any]]] = defaultdict(list)
     for manifest in found:
         cell = manifest["cell"]
-        groups[cell["task"], cell["init"], cell["adaptation"]].append(manifest["search"])
+        groups[cell["task"], cell["init"], cell["adaptation"], cell["stack"]].append(manifest["search"])
     rows: list[tuple[object, ...]] = []
     for group, searches in groups.items():
         each = sorted({search["trials"] for search in searches})
@@ -51,6 +53,7 @@ def _spent(found: Sequence[Mapping[str, Any]]) -> Table:
         "task",
         "init",
         "adaptation",
+        "stack",
         "cells",
         "trials of a cell",
         "trials",
@@ -70,6 +73,7 @@ def _winners(found: Sequence[Mapping[str, Any]]) -> Table:
             cell["task"],
             cell["init"],
             cell["adaptation"],
+            cell["stack"],
             " + ".join(cell["contrasts"]),
             f"{100 * cell['label_fraction']:g} %",
             cell["scheme"],
@@ -81,6 +85,6 @@ def _winners(found: Sequence[Mapping[str, Any]]) -> Table:
         rows.append(
             (*where, cell["fold"], cell["seed"], manifest["counts"]["n_validation"], won, *scores, *shown)
         )
-    columns = ("task", "init", "adaptation", "learnt from", "labels", "grouped by", "fold", "seed", "n select", "won",
-               "declared, AUROC", "winner, AUROC", *names)  # fmt: skip
+    columns = ("task", "init", "adaptation", "stack", "learnt from", "labels", "grouped by", "fold", "seed",
+               "n select", "won", "declared, AUROC", "winner, AUROC", *names)  # fmt: skip
     return Table(columns, tuple(rows), "winners")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,10 +17,11 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 
+from cranium import wording
 from cranium.figures import overlay, plots
 from cranium.figures.page import Plate, Section, Sheet, Table, Tile
 from cranium.segmenting import OVERLAYS, PREDICTIONS
-from cranium.tasks.comparison import REFERENCES, cheapness, rank
+from cranium.tasks.comparison import REFERENCES, STACKS, cheapness, rank
 from cranium.tasks.metrics import Floats, Undefined
 from cranium.tasks.statistics import (
     Fold,
@@ -52,12 +53,16 @@ COMPARED = (
 )
 
 
+KEPT = ("init", "adaptation", "stack", "label_fraction", "scheme", "seed")  # of a cell
+
+
 class Setting(NamedTuple):
     """What cells must share to stand in one chart."""
 
     task: str
     cohort: str
     contrasts: str
+    stack: str
     scheme: str
     adaptation: str
     label_fraction: float
@@ -67,7 +72,10 @@ class Setting(NamedTuple):
         grouped = "folds grouped by subject" if self.scheme == "subject" else f"leave one {self.scheme} out"
         share = "" if self.label_fraction == 1 else f", {100 * self.label_fraction:g} % of the labels"
         how = f", {HOW.get(self.adaptation, self.adaptation)}" if self.adaptation else ""
-        return f"{self.task.capitalize()} in {self.cohort} ({self.contrasts}){how}, {grouped}{share}"
+        seen = (
+            self.contrasts if self.stack == "contrasts" else f"{self.contrasts}, {wording.STACKS[self.stack]}"
+        )
+        return f"{self.task.capitalize()} in {self.cohort} ({seen}){how}, {grouped}{share}"
 
 
 @dataclass(frozen=True)
@@ -101,7 +109,7 @@ def read(folders: Sequence[Path], runs: Mapping[str, str]) -> pd.DataFrame:
                 home=cell["cohort"],
                 test=np.where(part["role"] == TEST, TEST, part["cohort"]),
                 contrasts=" + ".join(cell["contrasts"]),
-                **{name: cell[name] for name in ("init", "adaptation", "label_fraction", "scheme", "seed")},
+                **{name: cell[name] for name in KEPT},
                 n_train=counts["n_train"],
                 tolerance_mm=manifest["task"]["tolerance_mm"],
                 classes=[manifest["classes"]] * len(part),
@@ -140,9 +148,8 @@ def point(rows: pd.DataFrame, metric: str, resamples: int) -> Point:
 def sections(table: pd.DataFrame, ui: Any, resamples: int) -> tuple[list[Section], list[str]]:
     """Sections of the page, and the result in sentences. `ui`: run id -> what to show for it (`page.Link`)."""
     plates, pictures, tables, said = [], [], [], []
-    means: dict[
-        tuple[Setting, str], dict[tuple[str, str], Point]
-    ] = {}  # of the test folds, by init and adaptation
+    # Of the test folds, by initialisation and adaptation.
+    means: dict[tuple[Setting, str], dict[tuple[str, str], Point]] = {}
     for setting, rows in _settings(beside_references(table)):
         regions, tests = list(dict.fromkeys(rows["region"])), list(dict.fromkeys(rows["test"]))
         found = {
@@ -165,6 +172,7 @@ def sections(table: pd.DataFrame, ui: Any, resamples: int) -> tuple[list[Section
             columns = ("class", "difference of Dice", "mean", "95 % interval", "corrected t, p")
             tables.append(Table(columns, tuple(pairs), setting.words))
         pictures.append(_pictures(setting, rows))
+    tables += _between_stacks(table, resamples)
     made = [
         Section("maps", "Segmentation", (RULE,), tuple(plates)),
         Section("pictures", "Best, median and worst", (), tuple(pictures)),
@@ -179,7 +187,7 @@ def sections(table: pd.DataFrame, ui: Any, resamples: int) -> tuple[list[Section
 def beside_references(table: pd.DataFrame) -> pd.DataFrame:
     """Rows of a CNN repeated beside every adaptation of their setting instead of their own, as in classification."""
     own = table["init"].isin(REFERENCES)
-    keys = ["task", "home", "contrasts", "scheme", "label_fraction"]
+    keys = ["task", "home", "contrasts", "stack", "scheme", "label_fraction"]
     ways = table.loc[~own, [*keys, "adaptation"]].drop_duplicates()
     placed = table[own].merge(ways, how="left", on=keys, suffixes=("_own", ""))
     placed["adaptation"] = placed["adaptation"].fillna(placed.pop("adaptation_own"))
@@ -206,7 +214,7 @@ def _cell(point: Point) -> str:
 
 
 def _settings(table: pd.DataFrame) -> Iterator[tuple[Setting, pd.DataFrame]]:
-    keys = ["task", "home", "contrasts", "scheme", "adaptation", "label_fraction"]
+    keys = ["task", "home", "contrasts", "stack", "scheme", "adaptation", "label_fraction"]
     found = [(Setting(*key), rows) for key, rows in table.groupby(keys, sort=False)]
     yield from sorted(
         found, key=lambda item: item[0]._replace(adaptation=f"{cheapness(item[0].adaptation):02}")
@@ -308,6 +316,25 @@ def _pairs(points: Sequence[Point], rows: pd.DataFrame) -> Iterator[tuple[object
         p = test.reason if isinstance(test, Undefined) else f"{test.p:.3f}"
         span = f"{interval.low:+.2f} to {interval.high:+.2f}"
         yield a.region, f"{a.init} minus {b.init}", interval.estimate, span, p
+
+
+def _between_stacks(table: pd.DataFrame, resamples: int) -> Iterator[Table]:
+    """A table for each initialisation and decoder: one kind of stack against another."""
+    keys = ["task", "home", "scheme", "adaptation", "label_fraction", "init"]
+    for (task, home, scheme, adaptation, fraction, init), rows in table.groupby(keys, sort=True):
+        mine = rows[rows["test"] == TEST]
+        kinds = [stack for stack in STACKS if (mine["stack"] == stack).any()]
+        found: list[tuple[object, ...]] = []
+        for region in dict.fromkeys(mine["region"]):
+            of = mine[mine["region"] == region]
+            points = [replace(point(of[of["stack"] == kind], "dice", resamples), init=kind) for kind in kinds]
+            found += _pairs(points, mine.assign(init=mine["stack"]))
+        if found:
+            words = Setting(task, home, "", "contrasts", scheme, adaptation, fraction).words.replace(
+                " ()", ""
+            )
+            columns = ("class", "difference of Dice", "mean", "95 % interval", "corrected t, p")
+            yield Table(columns, tuple(found), f"One kind of stack against another, {init}: {words}")
 
 
 def _pictures(setting: Setting, rows: pd.DataFrame) -> Plate:

@@ -49,7 +49,8 @@ def section(folders: Sequence[Path], resamples: int) -> list[Section]:
         full = max(cell["label_fraction"] for cell, _ in cells)
         if rows := list(_rows([(c, f) for c, f in cells if c["label_fraction"] == full], resamples)):
             of = Setting(*setting)
-            name = f"{of.task.capitalize()} in {of.cohort}, {of.contrasts}, {wording.scheme(of.scheme)}"
+            seen = of.contrasts if of.stack == "contrasts" else f"{of.contrasts}, {wording.STACKS[of.stack]}"
+            name = f"{of.task.capitalize()} in {of.cohort}, {seen}, {wording.scheme(of.scheme)}"
             tables.append(Table(COLUMNS, tuple(rows), f"{name}, {of.adaptation}"))
     return [Section("strata", "By sex, age and site", TEXT, (), (), tuple(tables))] if tables else []
 

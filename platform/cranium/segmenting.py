@@ -28,7 +28,7 @@ from cranium.figures import overlay
 from cranium.store import Artefact
 from cranium.tasks import segmentation, splits
 
-RECIPE = 2  # 2: the manifest holds the hash of what was learnt
+RECIPE = 2  # 2: kinds of stack are an axis, on the same subjects; the hash of what was learnt is kept
 PREDICTIONS = "predictions.parquet"
 DECODER = "decoder.safetensors"
 MAPS, OVERLAYS = "maps", "overlays"
@@ -108,6 +108,7 @@ def run_cell(work: Work, folds: Mapping[str, int]) -> dict[str, float | None]:
         return dict(store.read_manifest(work.folder)["metrics"])
     cell = work.cell
     home = subjects(work.cohort.shard_set, work.task)
+    home = home[home["subject"].isin(folds)]
     fold_of = home["subject"].map(dict(folds)).to_numpy()
     pool = home[fold_of != cell.fold]
     labelled = splits.label_fraction(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from rich.console import Console
 from rich.progress import (
@@ -19,7 +19,7 @@ from rich.progress import (
 
 from cranium import track
 from cranium.cards import Card
-from cranium.config import Experiment, Machine
+from cranium.config import Experiment, Machine, Stack
 
 Tell = Callable[[int, int, str], None]
 LINE_SECONDS = 10.0  # how often a plain log gets a line
@@ -27,7 +27,10 @@ LINE_SECONDS = 10.0  # how often a plain log gets a line
 
 @dataclass
 class Study:
-    """One command on one experiment: what is asked, where it happens, and what there is to say at the end."""
+    """One command on one experiment: what is asked, where it happens, and what there is to say at the end.
+
+    Where kinds of stack are compared, every stage but the sweep is done for each of them, in a view of the study.
+    """
 
     exp: Experiment
     machine: Machine
@@ -39,6 +42,27 @@ class Study:
     missing: dict[str, str] = field(default_factory=dict)  # what could not be had -> why
     rejected: bool = False
     tracker: track.Tracker | None = None
+    stack: Stack | None = None  # of several, the one that this is a view of
+    viewed: Study | None = None  # the study that this is a view of
+
+    @property
+    def whole(self) -> Study:
+        return self.viewed or self
+
+    def views(self) -> dict[Stack, Study]:
+        """The study with each kind of stack alone; they write into the same notes. With no such axis, itself."""
+        stacks = self.exp.stacks
+        if self.exp.sweep is None or not self.exp.sweep.stack:
+            return dict.fromkeys(stacks, self)
+        told = stacks if len(stacks) > 1 else (None,)
+        return {
+            stack: replace(self, exp=self.exp.of_stack(stack), stack=shown, viewed=self)
+            for stack, shown in zip(stacks, told, strict=True)
+        }
+
+    def named(self, name: str) -> str:
+        """What a stage or an artefact is called, so that it is not taken for that of another stack."""
+        return f"{name} ({self.stack})" if self.stack else name
 
     @property
     def exit_code(self) -> int:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import itertools
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,22 @@ Features = Mapping[tuple[str, ...], Artefact]
 Weights = Mapping[str, Artefact]  # init -> the pretraining behind it
 Work = adapt.Work | segmenting.Work
 Folds = dict[str, int]
+ShardSets = Mapping[str, Artefact]
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a grid is made of, of one kind of stack: the experiment with it alone, and what its cells learn from.
+
+    label_files: of every cohort that a segmentation is tested on, which are machine facts and no part of an identity.
+    weights: the pretraining behind an initialisation, where one is.
+    """
+
+    exp: Experiment
+    shard_sets: ShardSets
+    features: Features = field(default_factory=dict)
+    label_files: Mapping[str, segmenting.LabelFiles] = field(default_factory=dict)
+    weights: Weights = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -63,25 +79,28 @@ class Grid:
         return tuple(work for work in self.works if not Artefact(work.folder).done)
 
 
-def assign(exp: Experiment, shard_sets: Mapping[str, Artefact]) -> tuple[dict[str, Folds], tuple[str, ...]]:
-    """The splits of every task, and what the leakage gate let pass by name.
+def assign(parts: Sequence[Part]) -> tuple[dict[str, Folds], tuple[str, ...]]:
+    """The splits of every task, the same for all kinds of stack, and what the leakage gate let pass by name.
 
-    Needs shard sets only, so it is asked before anything is trained. Raises `UserError(LEAKAGE)` when a declared
-    group, a subject, a file, a declared overlap or a head that looks the same is on two sides and not accepted by name.
+    Needs shard sets only, so it is asked before anything is trained. In the folds are those who can be used with each
+    kind of stack. Raises `UserError(LEAKAGE)` when a declared group, a subject, a file, a declared overlap or a head
+    that looks the same is on two sides and not accepted by name.
     """
+    exp = parts[0].exp
     assert exp.sweep and exp.adapt
     folds: dict[str, Folds] = {}
     accepted: dict[str, tuple[set[str], set[str]]] = {}  # what is shared -> tasks and groupings of folds
     for task in exp.adapt.tasks:
-        table = adapt.subjects(shard_sets[task.cohort].path, task)
+        table = adapt.shared([part.shard_sets[task.cohort].path for part in parts], task)
         for scheme in exp.sweep.group_by:
             for seed in exp.sweep.seeds:
                 assigned = adapt.assign_folds(table, scheme, exp.sweep.folds, seed)
                 folds[f"{task.name}/{scheme}/{seed}"] = assigned
-                for overlap in leakage.gate(exp, task, assigned, shard_sets):
-                    tasks, schemes = accepted.setdefault(overlap, (set(), set()))
-                    tasks.add(task.name)
-                    schemes.add(scheme)
+                for part in parts:
+                    for overlap in leakage.gate(part.exp, task, assigned, part.shard_sets):
+                        tasks, schemes = accepted.setdefault(overlap, (set(), set()))
+                        tasks.add(task.name)
+                        schemes.add(scheme)
     stamps = (
         f"{what}: {', '.join(sorted(tasks))}, folds grouped by {' and by '.join(sorted(schemes))}"
         for what, (tasks, schemes) in accepted.items()
@@ -89,36 +108,24 @@ def assign(exp: Experiment, shard_sets: Mapping[str, Artefact]) -> tuple[dict[st
     return folds, tuple(sorted(stamps))
 
 
-def declare(
-    exp: Experiment,
-    machine: Machine,
-    shard_sets: Mapping[str, Artefact],
-    features: Features,
-    label_files: Mapping[str, segmenting.LabelFiles] | None = None,
-    weights: Weights | None = None,
-) -> Grid:
-    """Every cell of the experiment's grid with its identity; the splits and the leakage gate are `assign`'s.
-
-    `label_files`: of every cohort that a segmentation is tested on, which are machine facts and no part of an identity.
-    `weights`: the pretraining behind an initialisation, where one is.
-    """
-    assert exp.sweep and exp.adapt
-    folds, stamps = assign(exp, shard_sets)
+def declare(machine: Machine, parts: Sequence[Part]) -> Grid:
+    """Every cell of an experiment's grid with its identity; the splits and the leakage gate are `assign`'s."""
+    folds, stamps = assign(parts)
     works = [
-        _segmentation(exp, machine, task, cell, mine, shard_sets, features, label_files or {}, weights or {})
+        _segmentation(part, machine, task, cell, mine)
         if isinstance(task, Segmentation)
-        else _classification(exp, machine, task, cell, mine, shard_sets, features, weights or {})
-        for task in exp.adapt.tasks
-        for cell in _cells(exp, task, folds, shard_sets)
+        else _classification(part, machine, task, cell, mine)
+        for part in parts
+        for task in part.exp.adapt.tasks  # type: ignore[union-attr]
+        for cell in _cells(part.exp, task, folds, part.shard_sets)
         for mine in [folds[f"{task.name}/{cell.scheme}/{cell.seed}"]]
     ]
     key = {"works": [work.folder.name for work in works]}
-    return Grid(store.artefact(machine.store, "sweep", exp.name, key), tuple(works), folds, stamps)
+    made = store.artefact(machine.store, "sweep", parts[0].exp.name, key)
+    return Grid(made, tuple(works), folds, stamps)
 
 
-def _cells(
-    exp: Experiment, task: Task, folds: Mapping[str, Folds], shard_sets: Mapping[str, Artefact]
-) -> Iterator[Cell]:
+def _cells(exp: Experiment, task: Task, folds: Mapping[str, Folds], shard_sets: ShardSets) -> Iterator[Cell]:
     assert exp.sweep
     spec, channels = exp.sweep, tuple(shard_sets[task.cohort].manifest()["channels"])
     trained, subsets = spec.contrasts.trained(channels), spec.contrasts.judged(channels)
@@ -139,25 +146,20 @@ def _cells(
                 contrasts=contrasts,
                 subsets=subsets,
                 fill=exp.fill,
+                stack=exp.ingest.stack,
             )
 
 
 def _classification(
-    exp: Experiment,
-    machine: Machine,
-    task: Classification,
-    cell: Cell,
-    folds: Folds,
-    shard_sets: Mapping[str, Artefact],
-    features: Features,
-    weights: Weights,
+    part: Part, machine: Machine, task: Classification, cell: Cell, folds: Folds
 ) -> adapt.Work:
+    exp, shard_sets = part.exp, part.shard_sets
     assert exp.adapt
     frozen = cell.adaptation in FROZEN and cell.init != "covariates"
 
     def seen(name: str, subset: tuple[str, ...]) -> adapt.Cohort:
         hidden = () if cell.init == "volumes" else hiding(subset, shard_sets[name].manifest()["channels"])
-        made = features[(cell.init, name, *hidden)].path if frozen else None
+        made = part.features[(cell.init, name, *hidden)].path if frozen else None
         return adapt.Cohort(name, shard_sets[name].path, made, subset)
 
     names = (task.cohort, *task.external)
@@ -174,7 +176,7 @@ def _classification(
         "cohorts": [[c.shard_set.name, c.features.name if c.features else None] for c in (*cohorts, *shown)],
     }
     if cell.adaptation not in FROZEN:
-        start = _start(exp, machine, cell.init, weights.get(cell.init))
+        start = _start(exp, machine, cell.init, part.weights.get(cell.init))
         key |= {"start": _identity(start), "tuning": tuning.RECIPE}
     return adapt.Work(
         cell,
@@ -191,24 +193,17 @@ def _classification(
 
 
 def _segmentation(
-    exp: Experiment,
-    machine: Machine,
-    task: Segmentation,
-    cell: Cell,
-    folds: Folds,
-    shard_sets: Mapping[str, Artefact],
-    features: Features,
-    label_files: Mapping[str, segmenting.LabelFiles],
-    weights: Weights,
+    part: Part, machine: Machine, task: Segmentation, cell: Cell, folds: Folds
 ) -> segmenting.Work:
+    exp = part.exp
     assert exp.adapt
     frozen, spec = cell.adaptation in FROZEN, exp.adapt.decoder
 
     def tokens(name: str) -> Path | None:
-        return features[cell.init, name, cell.adaptation].path if frozen else None
+        return part.features[cell.init, name, cell.adaptation].path if frozen else None
 
     cohorts = [
-        segmenting.Cohort(name, shard_sets[name].path, tokens(name), label_files[name])
+        segmenting.Cohort(name, part.shard_sets[name].path, tokens(name), part.label_files[name])
         for name in (task.cohort, *task.external)
     ]
     key = {
@@ -222,7 +217,7 @@ def _segmentation(
     }
     start = None
     if not frozen:
-        start = _start(exp, machine, cell.init, weights.get(cell.init))
+        start = _start(exp, machine, cell.init, part.weights.get(cell.init))
         key |= {"start": _identity(start), "tuning": tuning_maps.RECIPE}
     return segmenting.Work(
         cell,

@@ -11,11 +11,20 @@ from cranium.tasks.statistics import Interval
 NO_BREAK = "\u00a0"
 
 
+STACKS = {
+    "contrasts": "single slices",
+    "neighbours": "neighbouring slices",
+    "both": "neighbouring slices of each contrast",
+}
+
+
 def setting(of: Setting, among: Collection[Setting]) -> str:
     """`Lesion in demo, folds grouped by subject`, and what else tells it from the others."""
     said = f"{of.task.capitalize()} in {of.cohort}, {scheme(of.scheme)}"
     if len({s.contrasts for s in among}) > 1:
         said += f", learnt from {of.contrasts}"
+    if len({s.stack for s in among}) > 1:
+        said += f", {STACKS[of.stack]}"
     return f"{said}, {of.adaptation}" if len({s.adaptation for s in among}) > 1 else said
 
 

@@ -12,7 +12,7 @@ from cranium.tasks.comparison import Cell, Setting
 from cranium.tasks.metrics import Undefined
 from cranium.tasks.statistics import Fold, Test, Wilcoxon, corrected_t_test, detectable, wilcoxon
 
-SETTING = Setting("lesion", "demo", "T1w", "subject", "linear")
+SETTING = Setting("lesion", "demo", "T1w", "contrasts", "subject", "linear")
 
 
 def cell(init: str, fold: int, gain: float, fraction: float = 1.0, seed: int = 0) -> Cell:
@@ -151,3 +151,41 @@ def test_adaptations_of_one_initialisation_are_compared_and_no_two_initialisatio
         ("scratch, finetune", "scratch, linear"),
     ]
     assert all(p.holm is None for p in pairs)
+
+
+def test_kinds_of_stack_are_compared_fold_by_fold_whatever_their_contrasts() -> None:
+    """Of each initialisation by itself; where one kind has several subsets of contrasts each is told by its own."""
+    kinds = {
+        ("contrasts", "T1w + T2w"): 0.3,
+        ("contrasts", "T1w"): 0.1,
+        ("neighbours", "T1w"): 0.6,
+        ("both", "T1w + T2w"): 1.8,
+    }
+    cells = [
+        replace(
+            cell(init, k, gain + more, fraction), setting=SETTING._replace(stack=stack, contrasts=contrasts)
+        )
+        for (stack, contrasts), gain in kinds.items()
+        for init, more in (("random", 0.0), ("scratch", 0.4))
+        for fraction in (0.5, 1.0)
+        for k in range(4)
+    ]
+    found = comparison.points(cells, resamples=200)
+    pairs = comparison.between_stacks(found, resamples=200)
+    assert [(pair.a, pair.b) for pair in pairs[:5]] == [
+        ("random, neighbours", "random, contrasts (T1w + T2w)"),
+        ("random, both", "random, contrasts (T1w + T2w)"),
+        ("random, neighbours", "random, contrasts (T1w)"),
+        ("random, both", "random, contrasts (T1w)"),
+        ("random, both", "random, neighbours"),
+    ]
+    assert len(pairs) == 10 and all(pair.holm is None and pair.label_fraction == 1.0 for pair in pairs)
+    of = {(p.init, p.setting.stack, p.setting.contrasts): p for p in found if p.label_fraction == 1.0}
+    a, b = of["scratch", "both", "T1w + T2w"], of["scratch", "contrasts", "T1w"]
+    (pair,) = (p for p in pairs if (p.a, p.b) == ("scratch, both", "scratch, contrasts (T1w)"))
+    gaps = [[float(v) for v in p.fold_values] for p in (a, b)]
+    assert pair.corrected == corrected_t_test(*gaps, 80, 20)
+    assert not isinstance(pair.interval, Undefined)
+    assert pair.interval.estimate == pytest.approx(np.mean(np.subtract(*gaps)))
+    one = [p for p in found if p.setting.stack == "both"]
+    assert comparison.between_stacks(one, resamples=50) == []

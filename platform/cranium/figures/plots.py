@@ -23,6 +23,7 @@ class Mark:
     high: float | None = None
     dots: tuple[float, ...] = ()
     note: str = ""  # why there is no mean or interval
+    init: str = ""  # whose colour it has, where its name says more
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def bars(marks: Sequence[Mark], title: str, *, axis: str = "AUROC", chance: floa
         made, (axes,) = style.figure(0.75 + 0.46 * len(marks))
         low, high = _limits(marks, dots=True, chance=chance)
         for row, mark in enumerate(marks):
-            tint = style.colour(mark.name)
+            tint = style.colour(mark.init or mark.name)
             if mark.mean is not None:
                 axes.barh(row, mark.mean - base, left=base, height=0.56, color=tint, alpha=0.38, lw=0)
             if mark.low is not None and mark.high is not None:

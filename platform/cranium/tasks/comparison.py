@@ -1,7 +1,8 @@
 """From the predictions of cells to points with intervals, and from pairs of points to differences with tests.
 
-A setting is what must be equal for two initialisations to share a chart: task, cohort, contrasts, split scheme, and
-how they were adapted. Rows without a backbone have one way of their own; they stand beside every adaptation.
+A setting is what must be equal for two initialisations to share a chart: task, cohort, contrasts, kind of stack, split
+scheme, and how they were adapted. Rows without a backbone have one way of their own; they stand beside every
+adaptation.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ from .statistics import (
 
 ORDER = ("random", "imagenet", "dinov2", "scratch", "brainfound")  # then run:<id>, and these last:
 REFERENCES = ("cnn", "volumes", "covariates")
+NO_STACK = ("volumes", "covariates")  # of these, what looks at no slice: the same whatever a stack shows
+STACKS = ("contrasts", "neighbours", "both")
 ADAPTATIONS = ("linear", "knn", "attention", "conv", "lora", "finetune")
 TEST = "test"
 
@@ -41,6 +44,7 @@ class Setting(NamedTuple):
     task: str
     cohort: str
     contrasts: str
+    stack: str
     scheme: str
     adaptation: str
 
@@ -219,6 +223,45 @@ def between_adaptations(found: Sequence[Point], resamples: int = 2000) -> list[C
             names = (f"{p.init}, {p.setting.adaptation}" for p in (a, b))
             results.append(replace(pair, a=next(names), b=next(names)))
     return results
+
+
+def between_stacks(found: Sequence[Point], resamples: int = 2000) -> list[Comparison]:
+    """Pairs of kinds of stack of one initialisation and adaptation, at its largest label fraction: exploratory.
+
+    Who looks at no slice is left out. `a` and `b` say initialisation and stack; contrasts too, where one kind of stack
+    was learnt from several subsets.
+    """
+    grouped: dict[tuple[Setting, str], list[Point]] = defaultdict(list)
+    for point in found:
+        if point.test == TEST and point.init not in NO_STACK:
+            grouped[without_stack(point.setting), point.init].append(point)
+    results = []
+    for _, members in sorted(grouped.items(), key=lambda item: (item[0][0], rank(item[0][1]))):
+        full = max(point.label_fraction for point in members)
+        members = sorted((p for p in members if p.label_fraction == full), key=lambda p: by_stack(p.setting))
+        for b, a in combinations(members, 2):
+            if a.setting.stack != b.setting.stack:
+                pair = _compare(a, b, resamples)
+                names = (f"{p.init}, {variant(p.setting, members)}" for p in (a, b))
+                results.append(replace(pair, a=next(names), b=next(names)))
+    return results
+
+
+def without_stack(setting: Setting) -> Setting:
+    """What two settings share that differ in what a stack shows."""
+    return setting._replace(contrasts="", stack="")
+
+
+def by_stack(setting: Setting) -> tuple[int, int, str]:
+    """Sort key: kinds of stack in the order of the config, the most contrasts first."""
+    place = STACKS.index(setting.stack) if setting.stack in STACKS else len(STACKS)
+    return place, -len(setting.contrasts), setting.contrasts
+
+
+def variant(setting: Setting, among: Collection[Point]) -> str:
+    """The kind of stack, and the contrasts where they are needed to tell it from the others."""
+    same = {p.setting.contrasts for p in among if p.setting.stack == setting.stack}
+    return setting.stack if len(same) < 2 else f"{setting.stack} ({setting.contrasts})"
 
 
 def cheapest(settings: Collection[Setting]) -> set[Setting]:
