@@ -6,10 +6,11 @@ PYTHON := $(shell for p in python3.11 python3 python3.12 python3.13 python3.14; 
 STAMP := .venv/ready-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
 STORE := $(abspath $(or $(CRANIUM_STORE),cranium-store))
 PORT ?= 5000
+SOAK := $(CURDIR)/experiments/bench/kills.jsonl
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest
 QUIET := RAY_USAGE_STATS_ENABLED=0 MLFLOW_DISABLE_TELEMETRY=true DO_NOT_TRACK=1
 
-.PHONY: help setup demo test test-slow test-all test-gpu check mlflow mlflow-postgres clean
+.PHONY: help setup demo test test-slow test-all chaos soak test-gpu check mlflow mlflow-postgres clean
 
 help:  ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 16
@@ -35,6 +36,14 @@ test-all: test test-slow  ## and the end-to-end and fault tiers
 
 test-slow: $(STAMP)
 	$(PYTEST) -m "(flow or chaos) and not gpu" --timeout 1200
+
+chaos: $(STAMP)  ## the fault tier: every named fault, and a few kills at random (about 25 minutes on two idle cores)
+	$(PYTEST) -m "chaos and not gpu" --timeout 1200
+
+soak: $(STAMP)  ## 20 kills at random of each of ingest, pretraining and sweep, logged (KILLS=20 SCANS=2000 SEED=0)
+	@rm -f $(SOAK)
+	CHAOS_KILLS=$(or $(KILLS),20) CHAOS_SCANS=$(or $(SCANS),2000) CHAOS_SEED=$(or $(SEED),0) CHAOS_LOG=$(SOAK) \
+		$(PYTEST) -m chaos --timeout 7200 -s $(addprefix tests/chaos/,test_soak.py test_steps.py test_grid.py)
 
 test-gpu: $(STAMP)  ## what needs a CUDA device
 	$(PYTEST) -m gpu --timeout 1200

@@ -166,7 +166,7 @@ def fill(raw: Path, machine: Machine) -> dict[str, Artefact]:
         at / "sweep" / "exp-00000000", cells=["task-00000000", "task-00000001"], stamps=[WHO]
     )
     (made["sweep"].path / "splits.json").write_text(json.dumps({"task": {WHO: 1}}))
-    tune = at / "sweep" / ".tune" / "exp-00000000-tune"
+    tune = at / "sweep" / ".tune" / "exp-00000000-3-tune"
     tune.mkdir(parents=True)
     (tune / "trainable.pkl").write_bytes(WHO.encode())
     key = {"grid": "sweep/exp-00000000", "shards": [ours.id]}
@@ -258,7 +258,7 @@ def test_no_byte_is_left_and_all_else_stays(
         "one line\n(this line"
     )
     assert mlflow == [(["r1", "r2", "r3"], ("splits.json",))]
-    assert not (machine.store / "sweep" / ".tune" / "exp-00000000-tune").exists()
+    assert not (machine.store / "sweep" / ".tune" / "exp-00000000-3-tune").exists()
     assert not list((machine.store / "private").glob("forget-*")) and not forget.traces(
         machine, "phantom", WHO
     )

@@ -167,3 +167,23 @@ def test_every_test_that_the_security_page_names_is_there() -> None:
     sources = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
     assert {name for name in named if f"def {name}(" not in sources} == set()
     assert len(named) > 25
+
+
+def test_every_test_that_the_page_of_faults_names_is_there() -> None:
+    """And every row of the fault matrix has its line, with a test or a word on what is not shown."""
+    page = (ROOT / "docs" / "faults.md").read_text()
+    named = re.findall(r"`([\w/]+\.py)::(\w+)`", page)
+    absent = {
+        f"{file}::{name}"
+        for file, name in named
+        if not (path := ROOT / "tests" / file).is_file() or f"def {name}(" not in path.read_text()
+    }
+    assert absent == set() and len(named) > 60
+    rows = {
+        cells[1]: cells
+        for line in page.splitlines()
+        if len(cells := [c.strip() for c in line.split("|")]) > 5
+    }
+    wanted = [f"{kind}{n}" for kind, count in (("P", 9), ("R", 15), ("T", 5)) for n in range(1, count + 1)]
+    assert [row for row in rows if re.fullmatch(r"[PRT]\d+", row)] == wanted
+    assert [row for row in wanted if "::" not in rows[row][4] and not rows[row][5]] == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from pathlib import Path
 
@@ -29,6 +30,18 @@ def test_a_resume_voids_what_the_checkpoint_does_not_hold(tmp_path: Path) -> Non
     with Journal(tmp_path, "c"):
         pass  # from scratch
     assert _steps(tmp_path) == []
+
+
+def test_a_clock_that_is_set_back_does_not_void_what_came_after(  # R14
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noon = time.time_ns()
+    for attempt, (hour, resume) in enumerate(((0, 1), (-2, 3), (-1, 4))):
+        monkeypatch.setattr(time, "time_ns", lambda hour=hour: noon + hour * 3600 * 10**9)
+        with Journal(tmp_path, str(attempt), resume) as journal:
+            for step in range(resume, resume + 3):
+                journal.metrics(step, {"train/loss": 1.0})
+    assert _steps(tmp_path) == [(1, "0"), (2, "0"), (3, "1"), (4, "2"), (5, "2"), (6, "2")]
 
 
 def test_a_torn_last_line_is_dropped_and_damage_elsewhere_refused(tmp_path: Path) -> None:
@@ -122,6 +135,49 @@ def test_a_run_is_found_again_by_its_key(mlflow_db: str) -> None:
         "cell/2",
     }
     assert Tracker(mlflow_db, "another").run("sweep/x", "sweep x", {}) != parent
+
+
+def test_a_cell_whose_sender_was_killed_half_way_is_sent_once(
+    mlflow_db: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracker = Tracker(mlflow_db, "study")
+    parent = tracker.run("sweep/x", "sweep x", {})
+    cell = ("cell/0", "cell 0", parent, {"fold": "0"}, {"seed": "0"}, {"test/auroc": 0.75, "n_test": 8.0})
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(tracker.client, "set_terminated", killed)
+        tracker.record(*cell)
+    time.sleep(0.01)  # MLflow takes a point for another where its time is another
+    run = tracker.record(*cell)
+    assert tracker.client.get_run(run).info.status == "FINISHED"
+    assert [len(tracker.client.get_metric_history(run, name)) for name in cell[-1]] == [1, 1]
+
+
+def test_what_was_not_sent_while_mlflow_was_away_comes_later_and_once(
+    tmp_path: Path, mlflow_db: str
+) -> None:  # T1
+    folder, away = tmp_path / "journal", track.TrackingError("away")
+    tracker = Tracker(mlflow_db, "study")
+    run, send, answers = tracker.run("pretrain/x", "x", {}), tracker.send, [True, False, False, True]
+
+    def sometimes(*given: object) -> None:
+        if not answers.pop(0):
+            raise away
+        send(*given)
+
+    with pytest.MonkeyPatch.context() as patch, Journal(folder, "a") as journal:
+        patch.setattr(tracker, "send", sometimes)
+        for step in range(40):
+            journal.metrics(step, {"train/loss": 1 / (step + 1)})
+            if step % 10 == 9:
+                with contextlib.suppress(track.TrackingError):
+                    tracker.replay(run, folder)
+    assert answers == []
+    history = tracker.client.get_metric_history(run, "train/loss")
+    assert [(point.step, point.value) for point in history] == [(n, 1 / (n + 1)) for n in range(40)]
 
 
 def test_params_tags_and_files(tmp_path: Path, mlflow_db: str) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from cranium import probing, search_trials, segmenting, sessions, store, tuning, volumes
+from cranium import place, probing, search_trials, segmenting, sessions, store, tuning, volumes
 from cranium.cards import Label
 from cranium.config import (
     WITHOUT_BACKBONE,
@@ -348,7 +348,7 @@ def _commit(
     notes: dict[str, Any],
 ) -> None:
     work.folder.mkdir(parents=True, exist_ok=True)
-    predictions.reset_index(drop=True).to_parquet(work.folder / PREDICTIONS)
+    place.publish(work.folder / PREDICTIONS, predictions.reset_index(drop=True).to_parquet)
     counts: dict[str, Any] = {
         "n_train": len(train),  # labelled subjects, those that select among them
         "n_train_unseen": labelled - len(train),  # that have none of the contrasts, and teach nothing

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import hashlib
 import os
 import secrets
@@ -55,7 +56,8 @@ JOB_ENVIRONMENT: Mapping[str, str] = {
     "RAY_JOB_STOP_WAIT_TIME_S": "60",  # from SIGTERM to SIGKILL: time to checkpoint
 }
 GIB = 1 << 30
-OURS = "cranium-"  # submission ids start with it
+OURS = "cranium-"  # submission ids and temporary folders start with it
+OWNER = "owner"  # the lock in a private cluster's folder
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 
 
@@ -156,9 +158,12 @@ def _private(num_cpus: int) -> Iterator[None]:
     import ray
 
     # socket paths may have 107 bytes, so not below a long TMPDIR
-    folder = tempfile.mkdtemp(prefix="cranium-", dir="/tmp" if os.access("/tmp", os.W_OK) else None)
+    below = Path("/tmp") if os.access("/tmp", os.W_OK) else Path(tempfile.gettempdir())
+    _sweep_up(below)
+    folder = tempfile.mkdtemp(prefix=OURS, dir=below)
     total = psutil.virtual_memory().total
     with (
+        _owned(Path(folder)),
         _variable("RAY_TMPDIR", folder),
         _variable("RAY_ADDRESS", None),
         _variable("PYTHONPATH", _python_path()),
@@ -181,6 +186,28 @@ def _private(num_cpus: int) -> Iterator[None]:
                 yield
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _owned(folder: Path) -> Iterator[None]:
+    """Hold a folder's lock, which the kernel frees when this process dies."""
+    with (folder / f".{OWNER}").open("x") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        (folder / f".{OWNER}").rename(folder / OWNER)
+        yield
+
+
+def _sweep_up(below: Path) -> None:
+    """Remove the folders of private clusters whose process was killed: nobody holds their lock any more."""
+    for lock in below.glob(f"{OURS}*/{OWNER}"):
+        with contextlib.suppress(OSError):  # held, or gone meanwhile
+            file = os.open(lock, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.fstat(file).st_uid == lock.parent.stat().st_uid == os.getuid():
+                    shutil.rmtree(lock.parent, ignore_errors=True)
+            finally:
+                os.close(file)
 
 
 @contextlib.contextmanager

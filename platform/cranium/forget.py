@@ -202,7 +202,8 @@ def _tombstones(folder: Path, who: _Subject, plan: dict[str, Any], done: Forgott
         store.tombstone(made.path, {"date": done.date, "subject": who.key, "kept": False, "message": message})
         _empty(made)
         if made.path.parent.name == "sweep":
-            place.remove_folder(made.path.parent / ".tune" / f"{made.path.name}-tune")
+            for tuned in (made.path.parent / ".tune").glob(f"{made.path.name}-*"):
+                place.remove_folder(tuned)
         done.removed.append(made.id)
         tell(f"removed: {made.id}")
 

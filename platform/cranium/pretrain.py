@@ -7,8 +7,10 @@ from its last checkpoint and ends with the tensors of an undisturbed one. `train
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -275,7 +277,7 @@ def _interruptible(work: Callable[[], Any], stop: Path) -> Any:
 
 
 def _explained(error: BaseException) -> BaseException:
-    """The `UserError` a worker raised, found behind Ray's wrapping; else the error as it is."""
+    """The `UserError` a worker raised, found behind Ray's wrapping; that the disk is full; else the error as it is."""
     seen: list[Any] = [error]
     while seen:
         current = seen.pop()
@@ -283,6 +285,14 @@ def _explained(error: BaseException) -> BaseException:
             return current
         seen += [e for e in (getattr(current, "worker_failures", None) or {}).values()]
         seen += [e for e in (getattr(current, "cause", None), current.__cause__) if e is not None]
+    if os.strerror(errno.ENOSPC) in str(
+        error
+    ):  # safetensors, pyarrow and Python each have an error of their own
+        return UserError(
+            "NO_SPACE",
+            "the disk is full; free some space: the same command goes on from the last checkpoint",
+            1,
+        )
     return error
 
 

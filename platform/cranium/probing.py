@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from cranium import embed
+from cranium import embed, place
 from cranium.config import Attention, Knn, Probe, UserError
 from cranium.models import attend
 from cranium.models import probe as probes
@@ -148,7 +148,7 @@ def save(probe: OfVectors | AttentionProbe, path: Path) -> None:
     arrays = {name: np.ascontiguousarray(v) for name, v in every.items() if isinstance(v, np.ndarray)}
     numbers = {name: v for name, v in every.items() if name not in arrays}
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(arrays, path, {"probe": json.dumps(numbers)})
+    place.publish(path, lambda beside: save_file(arrays, beside, {"probe": json.dumps(numbers)}))
 
 
 def load(spec: Probe | Knn | Attention, path: Path) -> OfVectors | AttentionProbe:

@@ -21,7 +21,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 
-from cranium import decoding, restitch, store, tuning, tuning_maps
+from cranium import decoding, place, restitch, store, tuning, tuning_maps
 from cranium.config import Cell, Decoder, Segmentation, UserError
 from cranium.decoding import Fitted
 from cranium.figures import overlay
@@ -123,9 +123,9 @@ def run_cell(work: Work, folds: Mapping[str, int]) -> dict[str, float | None]:
     ]
     predictions = pd.DataFrame([row for part in parts for row in part])
     scores = _metrics(predictions, work.task.classes)
-    predictions.to_parquet(work.folder / PREDICTIONS)
+    place.publish(work.folder / PREDICTIONS, predictions.to_parquet)
     head = _keep(work, fitted)
-    (work.folder / MAPS / "dseg.tsv").write_text(_legend(work.task))
+    store.write_atomic(work.folder / MAPS / "dseg.tsv", _legend(work.task))
     store.commit(
         work.folder,
         {
@@ -206,7 +206,8 @@ def _keep(work: Work, fitted: Fitted) -> Path | None:
             return None
         tuning.save(fitted.model, path)
         return path
-    save_file({name: t.cpu().contiguous() for name, t in fitted.model.state_dict().items()}, path)
+    kept = {name: tensor.cpu().contiguous() for name, tensor in fitted.model.state_dict().items()}
+    place.publish(path, lambda beside: save_file(kept, beside))
     return path
 
 

@@ -92,6 +92,8 @@ class Entry:
 class Journal:
     """Append metrics to a segment of one attempt: `<folder>/<start, ns>-<attempt>.jsonl`, a JSON object a line.
 
+    Segments sort in the order they were begun, also where the clock was set back in between.
+
     `resume` is the first step this attempt makes: entries of older segments from there on are void, because the
     checkpoint it resumed from is older than they are.
     """
@@ -99,7 +101,8 @@ class Journal:
     def __init__(self, folder: Path, attempt: str | None = None, resume: int = 0) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.attempt = attempt or uuid.uuid4().hex[:8]
-        self.path = folder / f"{time.time_ns():020d}-{self.attempt}.jsonl"
+        begun = max((int(path.name.partition("-")[0]) for path in folder.glob("*.jsonl")), default=0)
+        self.path = folder / f"{max(time.time_ns(), begun + 1):020d}-{self.attempt}.jsonl"
         self._file: TextIO = self.path.open("x", buffering=1)
         self._write({"resume": resume, "attempt": self.attempt})
 
@@ -209,9 +212,10 @@ class Tracker:
         """A whole run at once, FINISHED or FAILED; one that is finished is left as it is. For the cells of a grid."""
         run_id = self.run(key, name, tags, parent)
         with reaching(self.uri):
-            now = int(time.time() * 1000)
             if self.client.get_run(run_id).info.status == "RUNNING":
-                self.send(run_id, [(k, v, now, 0) for k, v in metrics.items()], params)
+                self.log(
+                    run_id, metrics, params=params
+                )  # what is there was sent by a command that was killed
                 self.client.set_terminated(run_id, status)
         return run_id
 

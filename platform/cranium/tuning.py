@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cranium import checkpoint, embed, sessions
+from cranium import checkpoint, embed, place, sessions
 from cranium.augment import augment
 from cranium.config import Fill, Finetune, Lora, UserError
 from cranium.models import lora
@@ -139,7 +139,8 @@ def again(facts: Mapping[str, Any], weights: Path | None, pretrained: Path | Non
 def save(model: nn.Module, path: Path) -> None:
     """Keep what was learnt, and nothing that `build` makes again: of LoRA the updates, not the backbone below."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.cpu().contiguous() for name, tensor in learnt(model).items()}, path)
+    kept = {name: tensor.cpu().contiguous() for name, tensor in learnt(model).items()}
+    place.publish(path, lambda beside: save_file(kept, beside))
 
 
 def load(model: nn.Module, path: Path) -> None:

@@ -1,7 +1,8 @@
-"""Row P8: a full, limited or read-only disk is said, nothing half-written stays, what was there before is intact."""
+"""Rows P8, R9: a full, limited or read-only disk is said, nothing half-written stays, what was there is intact."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import shutil
@@ -13,8 +14,11 @@ import pytest
 
 import ingests
 import phantoms
-from cranium import store, trust
+import pretrainings
+from cranium import checkpoint, pretrain, restart, store, trust
 from cranium.config import Machine, UserError
+from cranium.store import Artefact
+from shards import shard_set
 
 pytestmark = pytest.mark.chaos
 
@@ -116,3 +120,35 @@ def test_a_folder_of_somebody_else(trees: Path, tmp_path: Path) -> None:
         assert error.value.code == "NOT_WRITABLE"
     finally:
         tmp_path.chmod(0o700)
+
+
+# ---- R9 -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def stacks(tmp_path_factory: pytest.TempPathFactory) -> Artefact:
+    return shard_set(tmp_path_factory.mktemp("shards"))
+
+
+def test_a_disk_that_fills_with_checkpoints(
+    ray_cluster: object, small: Path, stacks: Artefact, tmp_path: Path
+) -> None:
+    """There is room for one and a half: the run ends with the first intact, and with more space it goes on from it."""
+    steps = 24
+    exp = pretrainings.experiment(steps=steps)
+    calm = pretrain.pretrain(exp, Machine(store=tmp_path / "calm"), "scratch", [stacks])
+    size = sum(path.stat().st_size for path in restart.kept(calm.path)[-1].iterdir())
+    assert mount(small, f"remount,size={int(1.5 * size) // 1024 + 512}k")
+    with pytest.raises(UserError) as error:
+        pretrain.pretrain(exp, Machine(store=small), "scratch", [stacks])
+    assert (error.value.code, error.value.exit_code) == ("NO_SPACE", 1) and "free" in str(error.value)
+    made = pretrain.artefact(exp, Machine(store=small), "scratch", [stacks])
+    whole = []
+    for folder in restart.kept(made.path):
+        with contextlib.suppress(
+            checkpoint.Damaged
+        ):  # the copies that were cut, which the next start removes
+            whole.append(checkpoint.load_training(folder)["step"])
+    assert whole == [8] and not made.done
+    assert mount(small, f"remount,size={5 * size // 1024 + 4096}k")
+    pretrainings.same(pretrain.pretrain(exp, Machine(store=small), "scratch", [stacks]), calm, steps)

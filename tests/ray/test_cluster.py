@@ -112,6 +112,41 @@ def test_a_job_address_is_refused_for_connecting(tmp_path: Path) -> None:
     assert refused.value.code == "ADDRESS" and "submit" in str(refused.value)
 
 
+OWNS = """
+import signal, sys
+from pathlib import Path
+from cranium import cluster
+
+with cluster._owned(Path(sys.argv[1])):
+    print("owned", flush=True)
+    signal.pause()
+"""
+
+
+def test_the_folder_of_a_killed_command_goes_with_the_next_one(tmp_path: Path) -> None:
+    """A folder whose owner lives stays, and so does whatever else is called so."""
+    folders = [tmp_path / f"cranium-{name}" for name in ("killed", "alive", "others")]
+    environment = {**os.environ, "PYTHONPATH": str(Path(cluster.__file__).parents[1])}
+    owners = []
+    for folder in folders:
+        (folder / "session_latest").mkdir(parents=True)
+    for folder in folders[:2]:
+        command = [sys.executable, "-c", OWNS, str(folder)]
+        owners.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
+        assert owners[-1].stdout is not None and owners[-1].stdout.readline() == "owned\n"
+    try:
+        cluster._sweep_up(tmp_path)
+        assert all(folder.is_dir() for folder in folders)
+        owners[0].kill()
+        owners[0].wait()
+        cluster._sweep_up(tmp_path)
+        assert [folder.is_dir() for folder in folders] == [False, True, True]
+    finally:
+        for owner in owners:
+            owner.kill()
+            owner.communicate()
+
+
 @pytest.mark.parametrize(("cores", "logical"), [(1, 4), (2, 4), (3, 6), (4, 8), (6, 8), (8, 8), (64, 64)])
 def test_logical_cpus(monkeypatch: pytest.MonkeyPatch, cores: int, logical: int) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: cores)
