@@ -26,7 +26,7 @@ from disturbed import Command, Disturbed
 pytestmark = pytest.mark.chaos
 
 KILLS = disturbed.kills(2)
-STEPS, EVERY = max(30, 3 * KILLS), 4
+STEPS, EVERY = max(120, 40 * KILLS), 10
 EXPERIMENT = {
     "name": "steps",
     "ingest": {"cohorts": ["ssl"], "contrasts": ["T1w"], **phantoms.COARSE},
