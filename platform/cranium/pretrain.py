@@ -207,6 +207,8 @@ def fit(spec: Pretrain, told: dict[str, Any], folder: Path) -> dict[str, Any]:
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
+    from cranium import collectives
+
     compute = spec.compute
     resources: dict[str, float] = {"CPU": compute.cpus_per_worker}
     if compute.gpus_per_worker:
@@ -216,6 +218,7 @@ def fit(spec: Pretrain, told: dict[str, Any], folder: Path) -> dict[str, Any]:
         return TorchTrainer(
             training.train_worker,
             train_loop_config=told,
+            torch_config=collectives.Torch(),
             scaling_config=ScalingConfig(
                 num_workers=compute.num_workers,
                 use_gpu=compute.gpus_per_worker > 0,
