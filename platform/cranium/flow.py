@@ -432,6 +432,7 @@ def run(study: Study) -> None:
         if study.exp.sweep is not None:
             features = embed(study, sets, pretrained)
             grid = sweep(study, sets, features)
+            recording.late(study, pretrained)
             report(study, sets, pretrained, grid)
 
 

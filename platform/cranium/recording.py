@@ -152,6 +152,13 @@ def pretrained(study: Study, init: str, made: Artefact, fresh: bool, ask: bool =
         store.write_atomic(_mark(study, made), json.dumps({"run": run}))
 
 
+def late(study: Study, pretrainings: Mapping[Stack, Mapping[str, Artefact]]) -> None:
+    """Send what MLflow has not heard of these, which are done: it was away, and may be back."""
+    for stack, view in study.views().items():
+        for init, made in pretrainings[stack].items():
+            pretrained(view, init, made, fresh=False)
+
+
 def sync(study: Study, pretrainings: Mapping[Stack, Mapping[str, Artefact]], grid: Grid | None) -> None:
     """Send whatever MLflow lacks of these, which are done: it was wiped, or put back as it was some time ago."""
     for stack, view in study.views().items():

@@ -1,7 +1,7 @@
 """Steps of Cranium. `own.py KIND BATCH ROW_STEP THREADS PRECISION`, KIND one of plain, tuned, shipped, peak, crops.
 
 `plain` and `tuned` start from views, as the peers do, with their moving centre; `shipped` is all that training does in
-a step under default settings: crops, Sinkhorn-Knopp, health numbers.
+a step under default settings: crops, Sinkhorn-Knopp, health numbers, the system's allocator told to keep what it has.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from serve import batch, serve
 
+from cranium import memory
 from cranium.dinov2 import crops
 from cranium.dinov2.method import DINOv2, MethodSpec, Student, clip_gradients, parameter_groups
 from cranium.models import vit
@@ -28,6 +29,8 @@ def stacks(count: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def training(kind: str, path: str, row_step: int, bf16: bool) -> None:
+    if kind == "shipped":
+        memory.keep()
     spec = MethodSpec() if kind == "shipped" else MethodSpec(centering="moving")
     student = Student(vit.build("vit_small_patch14_dinov2").train(), spec, tuned=kind != "plain")
     method = DINOv2(student, spec)
