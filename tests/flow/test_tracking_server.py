@@ -58,6 +58,13 @@ def _free_port() -> int:
         return int(one.getsockname()[1])
 
 
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
     """Started by the one command, with the artefacts' place of compose.yaml."""
@@ -105,7 +112,9 @@ def server() -> Iterator[Server]:
         store.kill()
         store.wait()
         store.stdout.close()
-        left = [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+        deadline = time.monotonic() + 10  # the last of them may be dying at this moment
+        while (left := [child for child in children if _lives(child)]) and time.monotonic() < deadline:
+            time.sleep(0.1)
         for child in left:
             child.kill()
         shutil.rmtree(home)
