@@ -159,22 +159,23 @@ def test_steps_are_compared_between_processes(
     python = [sys.executable, str(script)]
     broken = [sys.executable, "-c", "raise ImportError('no such peer')"]
     own = [
-        (bench_step.PLAIN, 2, "images", [*python, "0.04"], False),
-        (bench_step.TUNED, 2, "images", [*python, "0.02"], False),
-        (bench_step.SHIPPED, 2, "images", [*python, "0.02"], False),
-        (bench_step.CROPPING, bench_step.CROPS, "stacks", [*python, "0.01"], False),
-        (bench_step.PEAK, 500, "GFLOP", [*python, "0.02"], False),
+        (bench_step.PLAIN, 2, "images", [*python, "0.16"], False),
+        (bench_step.TUNED, 2, "images", [*python, "0.08"], False),
+        (bench_step.SHIPPED, 2, "images", [*python, "0.08"], False),
+        (bench_step.CROPPING, bench_step.CROPS, "stacks", [*python, "0.04"], False),
+        (bench_step.PEAK, 500, "GFLOP", [*python, "0.08"], False),
     ]
     theirs = [
-        (bench_step.ALONE, 2, "images", [*python, "0.06"], True),
-        (bench_step.OFFICIAL, 2, "images", [*python, "0.05"], False),
+        (bench_step.ALONE, 2, "images", [*python, "0.24"], True),
+        (bench_step.OFFICIAL, 2, "images", [*python, "0.2"], False),
         (bench_step.LIGHTLY, 2, "images", broken, False),
     ]
     monkeypatch.setattr(bench_step, "_cases", lambda *asked: [*(theirs if peers else []), *own])
     spec = bench_step.Spec(batch_size=2, precision="fp32", rounds=2, data=tmp_path)
     result = bench_step.run(spec, lambda text: None)
     rates = {case.name: case.per_second for case in result.measured}
-    assert 80 < rates[bench_step.TUNED] <= 100 and rates[bench_step.PLAIN] <= 50
+    # Nobody sleeps for less than asked; for how much longer is the machine's business.
+    assert 10 < rates[bench_step.TUNED] <= 25 and rates[bench_step.PLAIN] <= 12.5
     targets = {target.name: target.value for target in result.targets}
     assert ("tuned over official, same allocator" in targets) == peers
     if peers:
