@@ -100,7 +100,8 @@ def test_a_stopped_run_makes_a_checkpoint_and_a_damaged_one_is_left_out(
     assert not made.done and pretrain.unfinished(machine, "scratch-vit_tiny_patch14") == [made]
     kept = restart.kept(made.path)
     steps = [checkpoint.load_training(folder)["step"] for folder in kept]
-    assert len(steps) == 2 and steps[0] % 8 == 0 and steps[1] % 8 and steps[1] >= sent[0]
+    # By chance it may have been stopped just where one is made anyway.
+    assert len(steps) == 2 and steps[0] % 8 == 0 and max(sent[0], steps[0] + 1) <= steps[1] < STEPS
     with (kept[-1] / checkpoint.TRAINING).open("r+b") as file:
         file.seek(1000)
         byte = file.read(1)
