@@ -38,6 +38,29 @@ PRETRAIN: dict[str, Any] = {
     "loss": {"prototypes": 64, "head_hidden": 64, "head_bottleneck": 32},
     "precision": "fp32",
 }
+LESION: dict[str, Any] = {
+    "task": "classification",
+    "name": "lesion",
+    "cohort": "home",
+    "label": "condition",
+    "classes": ["control", "lesion"],
+}
+# The whole path on cohorts ssl, home and away, which share their three heads.
+WHOLE: dict[str, Any] = {
+    "name": "tiny",
+    "asks": "does the path hold?",
+    "ingest": {"cohorts": ["ssl", "home", "away"], **COARSE},
+    "stream": {"lanes": 4, "window": 3},
+    "pretrain": PRETRAIN,
+    "adapt": {
+        "tasks": [LESION | {"external": ["away"]}],
+        "accept_leakage": [
+            f"head:{pair}"
+            for pair in ("external+ssl", "external+test", "external+train", "ssl+test", "test+train")
+        ],
+    },
+    "sweep": {"init": ["random", "scratch", "covariates"], "label_fractions": [0.5, 1.0], "folds": 3},
+}
 RADII_MM = (62.0, 80.0, 55.0)  # of the brain: left-right, front-back, up-down
 
 

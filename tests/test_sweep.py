@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+import phantoms
 from cranium import adapt, inventory, segmenting, store, sweep
 from cranium.config import Experiment, Machine, UserError
 from cranium.store import Artefact
@@ -66,16 +67,7 @@ def experiment(accept: list[str] = (), **sweep_settings: object) -> Experiment:
             "pretrain": {"cohorts": ["ssl"], "inits": ["scratch"]},
             "stream": {"lanes": 8},
             "adapt": {
-                "tasks": [
-                    {
-                        "task": "classification",
-                        "name": "lesion",
-                        "cohort": "home",
-                        "label": "condition",
-                        "classes": ["control", "lesion"],
-                        "external": ["away"],
-                    }
-                ],
+                "tasks": [phantoms.LESION | {"external": ["away"]}],
                 "accept_leakage": accept,
             },
             "sweep": {"init": ["random", "scratch"], "label_fractions": [0.5, 1.0], "folds": 3}

@@ -91,9 +91,8 @@ def shared(shard_sets: Sequence[Path], task: Task) -> pd.DataFrame:
     """The subjects a task can use in each of these, by the same session; the rows are those of the first."""
     first, *others = (subjects(one, task) for one in shard_sets)
     for other in others:
-        same = other[["subject", "session"]]
-        first = first.merge(same, on=["subject", "session"])
-    return first.reset_index(drop=True)
+        first = first.merge(other[["subject", "session"]], on=["subject", "session"])
+    return first
 
 
 def diagnosed(shard_set: Path, task: Classification) -> pd.DataFrame:
@@ -210,9 +209,7 @@ def _scores(predictions: pd.DataFrame, classes: Sequence[str]) -> dict[str, Valu
 def divided(work: Work, folds: Mapping[str, int]) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The labelled subjects of a cell, as many as its label fraction leaves, and those of its fold."""
     cell, home = work.cell, diagnosed(work.cohort.shard_set, work.task)
-    home = home[
-        home["subject"].isin(folds)
-    ]  # with another stack somebody may be lacking, and then is left out here
+    home = home[home["subject"].isin(folds)]  # who lacks another kind of stack is in no fold
     fold_of = home["subject"].map(dict(folds)).to_numpy()
     rest = home[fold_of != cell.fold]
     labelled = splits.label_fraction(

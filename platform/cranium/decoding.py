@@ -66,12 +66,12 @@ def fit(
     rows = np.concatenate([np.arange(places[key].start, places[key].stop) for key in keys])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dim, num_depths = values.shape[3], values.shape[1]
-    model = build(spec, adaptation, dim=dim, num_depths=num_depths, num_classes=num_classes, seed=seed).to(
-        device
-    )
+    model = build(spec, adaptation, dim=dim, num_depths=num_depths, num_classes=num_classes, seed=seed)
+    model.to(device)
     covered = store.read_manifest(folder)["pixels"]
     inside = cropped(labels, covered)
-    positive = started(model, inside, num_classes)
+    start_at_shares(model, inside, num_classes)
+    positive = np.asarray(inside.any(axis=(1, 2)))
 
     def scores(of: NDArray[np.float16]) -> torch.Tensor:
         found: torch.Tensor = model(torch.from_numpy(of).to(device).float().transpose(0, 1), covered)
@@ -94,11 +94,10 @@ def fit(
     return Fitted(predict, model, losses, len(rows), int(positive.sum()))
 
 
-def started(model: nn.Module, labels: NDArray[np.uint8], num_classes: int) -> NDArray[np.bool_]:
-    """Let `model`, or its decoder, start at the classes' shares of `labels` [n, H, W]; which of them hold a class."""
+def start_at_shares(model: nn.Module, labels: NDArray[np.uint8], num_classes: int) -> None:
+    """Let `model`, or its decoder, start at the classes' shares of `labels` [n, H, W]."""
     shares = np.bincount(labels.ravel(), minlength=num_classes) / labels.size
     decoders.start_at(getattr(model, "decoder", model), shares.tolist())
-    return np.asarray(labels.any(axis=(1, 2)))
 
 
 def cropped(labels: NDArray[np.uint8], covered: int) -> NDArray[np.uint8]:

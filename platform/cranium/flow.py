@@ -292,9 +292,8 @@ def sweep(study: Study, sets: Sets | None = None, features: Embedded | None = No
     if cells or not grid.artefact.done:
         _write_resolved(study, grid.artefact)
         if any(work.cell.adaptation not in FROZEN for work in grid.missing):
-            for folder in sorted(
-                {c.shard_set for work in grid.missing for c in (work.cohort, *work.external)}
-            ):
+            read = {c.shard_set for work in grid.missing for c in (work.cohort, *work.external)}
+            for folder in sorted(read):
                 trust.check(Artefact(folder))
             _require_same_preprocessing(grid)
         with (
@@ -363,9 +362,8 @@ def report(
             count = f"{len(grid.missing)} of {len(grid.works)}"
             raise UserError("NOT_SWEPT", f"{count} cells are not there yet; run `cranium sweep` first")
     named = {views[s].named(init): made for s, inits in pretrained.items() for init, made in inits.items()}
-    shown = max(
-        sets, key=lambda stack: len(views[stack].exp.ingest.channels)
-    )  # of whose stacks cohorts are shown
+    # Of whose stacks cohorts are shown: those with the most contrasts.
+    shown = max(sets, key=lambda stack: len(views[stack].exp.ingest.channels))
     tracked = {name: recording.runs(study, made).get("run", "") for name, made in named.items()}
     tracked["sweep"] = recording.runs(study, grid.artefact).get("run", "")
     tracked = {name: run for name, run in tracked.items() if run}

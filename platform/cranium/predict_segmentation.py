@@ -83,10 +83,8 @@ class Network:
     """A network that was trained from the pixels: what it started from, and over it what it learnt."""
 
     def __init__(self, made: Trained, machine: Machine, head: Path) -> None:
-        cell, self.spec = (
-            Cell.model_validate(made.manifest["cell"]),
-            Decoder.model_validate(made.manifest["decoder"]),
-        )
+        cell = Cell.model_validate(made.manifest["cell"])
+        self.spec = Decoder.model_validate(made.manifest["decoder"])
         self.start, self.source = finished_cell.start(made, machine)
         self.model, found = tuning_maps.build(
             self.start,

@@ -288,14 +288,10 @@ def _explained(error: BaseException) -> BaseException:
             return current
         seen += [e for e in (getattr(current, "worker_failures", None) or {}).values()]
         seen += [e for e in (getattr(current, "cause", None), current.__cause__) if e is not None]
-    if os.strerror(errno.ENOSPC) in str(
-        error
-    ):  # safetensors, pyarrow and Python each have an error of their own
-        return UserError(
-            "NO_SPACE",
-            "the disk is full; free some space: the same command goes on from the last checkpoint",
-            1,
-        )
+    # By its words: safetensors, pyarrow and Python each raise an error of their own.
+    if os.strerror(errno.ENOSPC) in str(error):
+        mend = "free some space: the same command goes on from the last checkpoint"
+        return UserError("NO_SPACE", f"the disk is full; {mend}", 1)
     return error
 
 

@@ -43,6 +43,7 @@ RULE = (
     "there is something to find is missed: Dice and surface Dice 0, HD95 the diagonal of the image, and it stays in "
     "the mean. Where neither has the class there is nothing to score: left out of the mean, and counted."
 )
+OF_CELL = ("init", "adaptation", "stack", "label_fraction", "scheme", "seed")
 ACROSS = (
     "Mean Dice over test folds. Read down a column to compare initialisations, along a row to compare adaptations. A "
     "cnn has no backbone and is learnt in one way, whatever stands beside it."
@@ -51,9 +52,6 @@ COMPARED = (
     "Differences are paired: the same subjects in the same folds. The interval resamples subjects, the models being "
     "fixed; the corrected resampled t-test is over folds and is not adjusted for the number of rows."
 )
-
-
-KEPT = ("init", "adaptation", "stack", "label_fraction", "scheme", "seed")  # of a cell
 
 
 class Setting(NamedTuple):
@@ -109,7 +107,7 @@ def read(folders: Sequence[Path], runs: Mapping[str, str]) -> pd.DataFrame:
                 home=cell["cohort"],
                 test=np.where(part["role"] == TEST, TEST, part["cohort"]),
                 contrasts=" + ".join(cell["contrasts"]),
-                **{name: cell[name] for name in KEPT},
+                **{name: cell[name] for name in OF_CELL},
                 n_train=counts["n_train"],
                 tolerance_mm=manifest["task"]["tolerance_mm"],
                 classes=[manifest["classes"]] * len(part),
@@ -162,7 +160,6 @@ def sections(table: pd.DataFrame, ui: Any, resamples: int) -> tuple[list[Section
         }
         for (test, region), points in found.items():
             plates.append(_plate(setting, test, region, points, rows, ui))
-        for (test, region), points in found.items():
             if test == TEST:
                 of = means.setdefault((setting._replace(adaptation=""), region), {})
                 of |= {(p.init, setting.adaptation): p for p in points}

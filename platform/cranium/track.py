@@ -213,9 +213,8 @@ class Tracker:
         run_id = self.run(key, name, tags, parent)
         with reaching(self.uri):
             if self.client.get_run(run_id).info.status == "RUNNING":
-                self.log(
-                    run_id, metrics, params=params
-                )  # what is there was sent by a command that was killed
+                # Not `send`: some of it may be there already, from a command that was killed.
+                self.log(run_id, metrics, params=params)
                 self.client.set_terminated(run_id, status)
         return run_id
 

@@ -45,7 +45,9 @@ def fit(
     model, source = build(start, spec, adaptation, shape, num_classes=num_classes, seed=seed)
     device, patch = next(model.parameters()).device, int(model.patch_size)
     covered = shape[-1] - shape[-1] % patch
-    positive = decoding.started(model, decoding.cropped(labels, covered), num_classes)
+    inside = decoding.cropped(labels, covered)
+    decoding.start_at_shares(model, inside, num_classes)
+    positive = np.asarray(inside.any(axis=(1, 2)))
     drawn = torch.from_numpy(labels)
     rates = {"finetune": how.lr, "lora": how.lora_lr}
     groups = parameter_groups(

@@ -31,15 +31,7 @@ EXPERIMENT = {
     "ingest": {"cohorts": ["home"], "contrasts": ["T1w"], **phantoms.COARSE},
     "stream": {"lanes": 4, "window": 3},
     "adapt": {
-        "tasks": [
-            {
-                "task": "classification",
-                "name": "lesion",
-                "cohort": "home",
-                "label": "condition",
-                "classes": ["control", "lesion"],
-            }
-        ],
+        "tasks": [phantoms.LESION],
         "attention": {"steps": 40},
     },
     "sweep": {

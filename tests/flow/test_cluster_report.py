@@ -23,29 +23,8 @@ from cranium import track
 
 pytestmark = pytest.mark.flow
 COHORTS = {"ssl": 8, "home": 18, "away": 6}
-PAIRS = ("external+ssl", "external+test", "external+train", "ssl+test", "test+train")
 STEPS = 40
-EXPERIMENT = {
-    "name": "tiny",
-    "asks": "does the path hold?",
-    "ingest": {"cohorts": [*COHORTS], **phantoms.COARSE},
-    "stream": {"lanes": 4, "window": 3},
-    "pretrain": {**phantoms.PRETRAIN, "steps": STEPS},
-    "adapt": {
-        "tasks": [
-            {
-                "task": "classification",
-                "name": "lesion",
-                "cohort": "home",
-                "label": "condition",
-                "classes": ["control", "lesion"],
-                "external": ["away"],
-            }
-        ],
-        "accept_leakage": [f"head:{pair}" for pair in PAIRS],  # phantoms share their three heads
-    },
-    "sweep": {"init": ["random", "scratch", "covariates"], "label_fractions": [0.5, 1.0], "folds": 3},
-}
+EXPERIMENT = phantoms.WHOLE | {"pretrain": {**phantoms.PRETRAIN, "steps": STEPS}}
 # Two workers, whose sums of two are the same in either order; a host has room for one of them.
 COMPUTE = {"num_workers": 2, "threads": 1, "checkpoint_every": 5, "log_every": 1, "max_failures": 5}
 MLFLOW = "http://127.0.0.1:5077"

@@ -27,27 +27,8 @@ from cranium import track
 
 pytestmark = pytest.mark.flow
 WHO = "SUBJX7Q"  # a subject of home whose id is found by its bytes
-PAIRS = ("external+ssl", "external+test", "external+train", "ssl+test", "test+train")
-EXPERIMENT = {
-    "name": "tiny",
-    "asks": "does the path hold?",
-    "ingest": {"cohorts": ["ssl", "home", "away"], **phantoms.COARSE},
-    "stream": {"lanes": 4, "window": 3},
-    "pretrain": {**phantoms.PRETRAIN, "steps": 30, "compute": {"checkpoint_every": 5, "log_every": 1}},
-    "adapt": {
-        "tasks": [
-            {
-                "task": "classification",
-                "name": "lesion",
-                "cohort": "home",
-                "label": "condition",
-                "classes": ["control", "lesion"],
-                "external": ["away"],
-            }
-        ],
-        "accept_leakage": [f"head:{pair}" for pair in PAIRS],  # phantoms share their three heads
-    },
-    "sweep": {"init": ["random", "scratch", "covariates"], "label_fractions": [0.5, 1.0], "folds": 3},
+EXPERIMENT = phantoms.WHOLE | {
+    "pretrain": {**phantoms.PRETRAIN, "steps": 30, "compute": {"checkpoint_every": 5, "log_every": 1}}
 }
 
 

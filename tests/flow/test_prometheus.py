@@ -46,15 +46,7 @@ EXPERIMENT = {
         "compute": {"checkpoint_every": 20, "log_every": 1},
     },
     "adapt": {
-        "tasks": [
-            {
-                "task": "classification",
-                "name": "lesion",
-                "cohort": "home",
-                "label": "condition",
-                "classes": ["control", "lesion"],
-            }
-        ],
+        "tasks": [phantoms.LESION],
         # phantoms share their three heads
         "accept_leakage": [f"{u}:{p}" for u in ("head", "duplicate") for p in ("ssl+test", "test+train")],
     },

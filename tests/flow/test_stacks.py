@@ -23,15 +23,7 @@ EXPERIMENT = {
     "stream": {"lanes": 4, "window": 3},
     "pretrain": {**phantoms.PRETRAIN, "steps": 3},
     "adapt": {
-        "tasks": [
-            {
-                "task": "classification",
-                "name": "lesion",
-                "cohort": "home",
-                "label": "condition",
-                "classes": ["control", "lesion"],
-            }
-        ],
+        "tasks": [phantoms.LESION],
         "accept_leakage": ["head:ssl+test", "head:test+train"],  # phantoms share their three heads
     },
     "sweep": {
