@@ -430,7 +430,7 @@ def run(study: Study) -> None:
         if study.exp.sweep is not None:
             features = embed(study, sets, pretrained)
             grid = sweep(study, sets, features)
-            recording.late(study, pretrained)
+            recording.catch_up(study, pretrained)
             report(study, sets, pretrained, grid)
 
 

@@ -10,7 +10,16 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from cranium import decoding, finished_cell, new_scans, restitch, segmenting, tokens, tuning, tuning_maps
+from cranium import (
+    finished_cell,
+    frozen_decoder,
+    new_scans,
+    restitch,
+    segmenting,
+    tokens,
+    tuned_decoder,
+    tuning,
+)
 from cranium.config import Cell, Decoder, Machine
 from cranium.figures import overlay
 from cranium.finished_cell import Trained
@@ -29,7 +38,7 @@ class Model:
 
     def predict(self, seen: new_scans.Seen, out: Path) -> dict[str, Any]:
         """Write `<name>_dseg.nii.gz` and its PNG into `out`; what its JSON says."""
-        probabilities = decoding.probabilities(self.judge(seen), seen.stacks.shape[-1])
+        probabilities = frozen_decoder.probabilities(self.judge(seen), seen.stacks.shape[-1])
         at = restitch.place(seen.row)
         classes = at.to_native(probabilities)
         path = out / f"{seen.name}_dseg.nii.gz"
@@ -58,7 +67,7 @@ class Tokens:
         self.backbone = finished_cell.backbone(made, machine).to(self.device)
         self.source, self.depths, self.fill = about["source"], about["depths"], about["fill"]
         self.pixels, shape = int(about["pixels"]), about["shape"]
-        self.decoder = decoding.build(
+        self.decoder = frozen_decoder.build(
             Decoder.model_validate(made.manifest["decoder"]),
             cell.adaptation,
             dim=shape[3],
@@ -86,7 +95,7 @@ class Network:
         cell = Cell.model_validate(made.manifest["cell"])
         self.spec = Decoder.model_validate(made.manifest["decoder"])
         self.start, self.source = finished_cell.start(made, machine)
-        self.model, found = tuning_maps.build(
+        self.model, found = tuned_decoder.build(
             self.start,
             self.spec,
             cell.adaptation,
@@ -101,7 +110,7 @@ class Network:
 
     def __call__(self, seen: new_scans.Seen) -> Iterator[torch.Tensor]:
         """Class scores of a session's slices, part by part."""
-        return tuning_maps.scores(self.model, seen.filled(seen.stacks, self.start.fill), self.spec)
+        return tuned_decoder.scores(self.model, seen.filled(seen.stacks, self.start.fill), self.spec)
 
 
 Judge = Tokens | Network

@@ -152,7 +152,7 @@ def pretrained(study: Study, init: str, made: Artefact, fresh: bool, ask: bool =
         store.write_atomic(_mark(study, made), json.dumps({"run": run}))
 
 
-def late(study: Study, pretrainings: Mapping[Stack, Mapping[str, Artefact]]) -> None:
+def catch_up(study: Study, pretrainings: Mapping[Stack, Mapping[str, Artefact]]) -> None:
     """Send what MLflow has not heard of these, which are done: it was away, and may be back."""
     for stack, view in study.views().items():
         for init, made in pretrainings[stack].items():

@@ -1,6 +1,6 @@
 """One cell of segmentation: learnt from slices, judged in 3-D on the scan's own voxels.
 
-How it is learnt is `decoding`'s (on tokens that are computed once) or `tuning_maps`' (from the pixels).
+How it is learnt is `frozen_decoder`'s (on tokens that are computed once) or `tuned_decoder`' (from the pixels).
 
 Each test subject's slices are put together again, taken back to the voxels the label file is drawn on, written as
 NIfTI and scored there, against that file. Kept per cell: `predictions.parquet` (a row per subject and region), what was
@@ -21,10 +21,10 @@ import pandas as pd
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 
-from cranium import decoding, place, restitch, store, tuning, tuning_maps
+from cranium import frozen_decoder, place, restitch, store, tuned_decoder, tuning
 from cranium.config import Cell, Decoder, Segmentation, UserError
-from cranium.decoding import Fitted
 from cranium.figures import overlay
+from cranium.frozen_decoder import Fitted
 from cranium.store import Artefact
 from cranium.tasks import segmentation, splits
 
@@ -183,10 +183,10 @@ def _fit(work: Work, train: pd.DataFrame) -> Fitted:
     labels = table[np.concatenate([_labels(home.shard_set, *key) for key in keys])]
     num_classes = len(work.task.classes) + 1
     if work.start is None:
-        return decoding.fit(
+        return frozen_decoder.fit(
             home.shown, keys, labels, work.decoder, cell.adaptation, num_classes=num_classes, seed=cell.seed
         )
-    return tuning_maps.fit(
+    return tuned_decoder.fit(
         work.start,
         home.shown,
         keys,
@@ -236,7 +236,7 @@ def _judged(
             stacks,
             manifest["preprocessing"]["orientation"],
         )
-        found = decoding.probabilities(fitted.scores(cohort.shown, key), stacks.labels.shape[-1])
+        found = frozen_decoder.probabilities(fitted.scores(cohort.shown, key), stacks.labels.shape[-1])
         predicted = truth.place.to_native(found)
         who = name(*key) if role == "test" else f"{cohort.name}_{name(*key)}"
         written = work.folder / MAPS / f"{who}_dseg.nii.gz"

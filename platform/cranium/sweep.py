@@ -15,7 +15,17 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from cranium import adapt, checkpoint, leakage, meters, segmenting, store, sweep_progress, tuning, tuning_maps
+from cranium import (
+    adapt,
+    checkpoint,
+    leakage,
+    meters,
+    segmenting,
+    store,
+    sweep_progress,
+    tuned_decoder,
+    tuning,
+)
 from cranium.config import (
     FROZEN,
     WITHOUT_BACKBONE,
@@ -218,7 +228,7 @@ def _segmentation(
     start = None
     if not frozen:
         start = _start(exp, machine, cell.init, part.weights.get(cell.init))
-        key |= {"start": _identity(start), "tuning": tuning_maps.RECIPE}
+        key |= {"start": _identity(start), "tuning": tuned_decoder.RECIPE}
     return segmenting.Work(
         cell,
         task,

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from cranium import capture, checkpoint, corpora, memory, meters, restart, store, stream, track
+from cranium import allocator, capture, checkpoint, corpora, meters, restart, store, stream, track
 from cranium.config import Crops, Experiment, Loss, Optimiser, Pretrain, fingerprint
 from cranium.dinov2 import anomaly, schedules
 from cranium.dinov2.crops import CropSpec
@@ -50,7 +50,7 @@ def train_worker(payload: dict[str, Any]) -> dict[str, Any]:
     rank, world = context.get_world_rank(), context.get_world_size()
     torch.set_num_threads(spec.compute.threads or max(1, int(spec.compute.cpus_per_worker)))
     if spec.compute.tuned and not spec.compute.gpus_per_worker:
-        memory.keep()
+        allocator.keep_freed()
     device = ray.train.torch.get_device()
     corpus = corpora.corpus([Artefact(Path(folder)) for folder in payload["shard_sets"]], exp.stream)
     method, source = _build(spec, payload, corpus, device)

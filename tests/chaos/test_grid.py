@@ -17,14 +17,14 @@ import pytest
 import yaml
 from mlflow import MlflowClient  # noqa: TID251  (a second opinion on what track sent)
 
-import disturbed
 import phantoms
+import random_kills
 from cranium import store, track
-from disturbed import Command, Disturbed
+from random_kills import Command, Disturbed
 
 pytestmark = pytest.mark.chaos
 
-KILLS = disturbed.kills(3)
+KILLS = random_kills.kills(3)
 SEEDS = max(1, KILLS // 2)
 EXPERIMENT = {
     "name": "grid",
@@ -124,9 +124,9 @@ def unchanged(lab: Lab, calm: dict[str, bytes]) -> Callable[[], None]:
 
 
 def test_killed_at_random_every_cell_is_done_once(base: Path, calm: dict[str, bytes], tmp_path: Path) -> None:
-    draw, lab = random.Random(disturbed.SEED), Lab(base, tmp_path)
+    draw, lab = random.Random(random_kills.SEED), Lab(base, tmp_path)
     sweeping = Disturbed("sweep", lab.begin, lab.done, CELLS, lab.over, unchanged(lab, calm))
-    assert sweeping.run(disturbed.plan(draw, KILLS), draw) == KILLS
+    assert sweeping.run(random_kills.plan(draw, KILLS), draw) == KILLS
     assert lab.finished().keys() == calm.keys()
     (sweep,) = store.find(lab.store, "sweep")
     cells = sweep.manifest()["cells"]

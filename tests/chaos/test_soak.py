@@ -14,16 +14,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import disturbed
 import ingests
 import phantoms
+import random_kills
 from cranium import store, trust
-from disturbed import Command, Disturbed
+from random_kills import Command, Disturbed
 
 pytestmark = pytest.mark.chaos
 
 SCANS = int(os.environ.get("CHAOS_SCANS", "200"))
-KILLS = disturbed.kills(5)
+KILLS = random_kills.kills(5)
 SETTINGS = (
     "ingest.size=56",
     "ingest.spacing_mm=4",
@@ -87,8 +87,8 @@ def test_a_cohort_killed_at_random_ends_as_an_undisturbed_one(raw: Path, tmp_pat
                 "SHARD_UNKNOWN"
             }
 
-    draw = random.Random(disturbed.SEED)
-    plan = disturbed.plan(draw, KILLS)
+    draw = random.Random(random_kills.SEED)
+    plan = random_kills.plan(draw, KILLS)
     ingesting = Disturbed("ingest", lambda: begin(home), lambda: done(home), SCANS + shards, over, check)
     started = time.monotonic()
     hits = ingesting.run(plan, draw)
@@ -99,6 +99,6 @@ def test_a_cohort_killed_at_random_ends_as_an_undisturbed_one(raw: Path, tmp_pat
     assert ingests.content(made) == ingests.content(calm)
     counts = made.manifest()["counts"]
     assert counts["scans"] == SCANS and counts["rejected"] == len(range(7, SCANS, 50))
-    disturbed.write(
+    random_kills.write(
         stage="ingest", scans=SCANS, kills=hits, undisturbed_s=round(undisturbed), disturbed_s=round(took)
     )

@@ -16,16 +16,16 @@ import pytest
 import yaml
 from mlflow import MlflowClient  # noqa: TID251  (a second opinion on what track sent)
 
-import disturbed
 import phantoms
 import pretrainings
+import random_kills
 from cranium import pretrain, store, track
 from cranium.store import Artefact
-from disturbed import Command, Disturbed
+from random_kills import Command, Disturbed
 
 pytestmark = pytest.mark.chaos
 
-KILLS = disturbed.kills(1)
+KILLS = random_kills.kills(1)
 STEPS, EVERY = 40 * KILLS, 10
 EXPERIMENT = {
     "name": "steps",
@@ -85,7 +85,7 @@ def test_killed_at_random_it_ends_as_an_undisturbed_one(base: Path, tmp_path: Pa
         entries = track.read_journal(path / pretrain.JOURNAL) if path else []
         return entries[-1].step + 1 if entries else 0
 
-    draw = random.Random(disturbed.SEED)
+    draw = random.Random(random_kills.SEED)
     training = Disturbed(
         "pretrain",
         lambda: begin(base, "pretrain", home, tmp_path / f"{next(began)}.log"),
@@ -94,7 +94,7 @@ def test_killed_at_random_it_ends_as_an_undisturbed_one(base: Path, tmp_path: Pa
         lambda: bool(store.find(home, "pretrain")),
         lambda: lost_little(folder),
     )
-    assert training.run(disturbed.plan(draw, KILLS), draw) == KILLS
+    assert training.run(random_kills.plan(draw, KILLS), draw) == KILLS
     (made,) = store.find(home, "pretrain")
     assert made.path.name == undisturbed.path.name
     pretrainings.same(made, undisturbed, STEPS)

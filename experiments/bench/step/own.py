@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from serve import batch, serve
 
-from cranium import memory
+from cranium import allocator
 from cranium.dinov2 import crops
 from cranium.dinov2.method import DINOv2, MethodSpec, Student, clip_gradients, parameter_groups
 from cranium.models import vit
@@ -30,7 +30,7 @@ def stacks(count: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def training(kind: str, path: str, row_step: int, bf16: bool) -> None:
     if kind == "shipped":
-        memory.keep()
+        allocator.keep_freed()
     spec = MethodSpec() if kind == "shipped" else MethodSpec(centering="moving")
     student = Student(vit.build("vit_small_patch14_dinov2").train(), spec, tuned=kind != "plain")
     method = DINOv2(student, spec)

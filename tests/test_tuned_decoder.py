@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file
 
-from cranium import decoding, restitch, segmenting, store, tokens, tuning_maps
+from cranium import frozen_decoder, restitch, segmenting, store, tokens, tuned_decoder
 from cranium.config import Augment, Decoder, TunedDecoder
 from cranium.models import vit
 from cranium.tuning import Start
@@ -63,7 +63,7 @@ def test_patches_that_shine_are_found_in_heads_it_never_saw(home, adaptation: st
     labels = [shining(some) for some in stacks]
     spec = Decoder(lr=1e-2, width=16, tuned=TunedDecoder.model_validate(FAST | {"steps": 60}))
     keys, seen = every[:4], np.concatenate(labels[:4])
-    fitted = tuning_maps.fit(START, home.shard_set, keys, seen, spec, adaptation, num_classes=2, seed=0)
+    fitted = tuned_decoder.fit(START, home.shard_set, keys, seen, spec, adaptation, num_classes=2, seed=0)
     for key, wanted in zip(every[4:], labels[4:], strict=True):
         found = torch.cat(list(fitted.scores(home.shard_set, key))).argmax(1).numpy()
         assert 2 * (found * wanted).sum() / (found.sum() + wanted.sum()) > 0.9
@@ -109,7 +109,7 @@ def test_a_backbone_that_stands_still_leaves_the_decoder_of_frozen_tokens(home, 
         width=16,
         tuned=TunedDecoder(steps=20, batch_size=6, lr=1e-30, drop_path=0, augment=STILL),
     )
-    tuned = tuning_maps.fit(START, shards, keys, labels, spec, "finetune", num_classes=3, seed=4)
+    tuned = tuned_decoder.fit(START, shards, keys, labels, spec, "finetune", num_classes=3, seed=4)
 
     backbone = vit.build("vit_tiny_patch14", in_channels=1, image_size=SIZE)
     backbone.load_state_dict(tuned.model.encoder.state_dict())
@@ -120,7 +120,7 @@ def test_a_backbone_that_stands_still_leaves_the_decoder_of_frozen_tokens(home, 
     rows = [(*key, z) for key, some in zip(keys, made, strict=True) for z in range(len(some))]
     pd.DataFrame(rows, columns=["subject", "session", "slice"]).to_parquet(folder / tokens.ROWS)
     store.commit(folder, {"pixels": SIZE})
-    frozen = decoding.fit(folder, keys, labels, spec, "conv", num_classes=3, seed=4)
+    frozen = frozen_decoder.fit(folder, keys, labels, spec, "conv", num_classes=3, seed=4)
 
     assert tuned.positive == frozen.positive and tuned.slices == frozen.slices
     np.testing.assert_allclose(tuned.losses, frozen.losses, rtol=2e-3)
@@ -132,11 +132,11 @@ def test_a_backbone_that_stands_still_leaves_the_decoder_of_frozen_tokens(home, 
 def test_low_rank_updates_leave_the_weights_below_them_alone(home, tmp_path) -> None:  # type: ignore[no-untyped-def]
     job = cell(tmp_path, home, "random", "lora", steps=6)
     shape = (1, 1, SIZE, SIZE)
-    before, _ = tuning_maps.build(job.start, job.decoder, "lora", shape, num_classes=3, seed=0)
+    before, _ = tuned_decoder.build(job.start, job.decoder, "lora", shape, num_classes=3, seed=0)
     start = {name: tensor.clone() for name, tensor in before.state_dict().items()}
     keys = [("000", ""), ("001", "")]
     labels = np.concatenate([stacks_of(home, key).labels for key in keys])
-    after = tuning_maps.fit(
+    after = tuned_decoder.fit(
         job.start, home.shard_set, keys, labels, job.decoder, "lora", num_classes=3, seed=0
     )
     changed = {n for n, t in after.model.state_dict().items() if not torch.equal(t, start[n])}

@@ -10,9 +10,9 @@ import pytest
 STEPS, MIB = 20, 64
 CODE = f"""
 import resource, sys, torch
-from cranium import memory
+from cranium import allocator
 if sys.argv[1] == "keep":
-    assert memory.keep()
+    assert allocator.keep_freed()
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

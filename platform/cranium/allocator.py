@@ -12,7 +12,7 @@ import ctypes
 M_TRIM_THRESHOLD, M_MMAP_MAX, LARGEST = -1, -4, 2**31 - 1
 
 
-def keep() -> bool:
+def keep_freed() -> bool:
     """From now on freed memory stays with this process; False where its libc has no such switch."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:

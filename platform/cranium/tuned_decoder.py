@@ -14,9 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cranium import augment, checkpoint, decoding, embed, sessions, tuning
+from cranium import augment, checkpoint, embed, frozen_decoder, sessions, tuning
 from cranium.config import Adaptation, Decoder, UserError
-from cranium.decoding import Fitted, Key
+from cranium.frozen_decoder import Fitted, Key
 from cranium.models import decoder as decoders
 from cranium.models import lora
 from cranium.models.segmenter import Segmenter, SliceUNet, parameter_groups
@@ -45,8 +45,8 @@ def fit(
     model, source = build(start, spec, adaptation, shape, num_classes=num_classes, seed=seed)
     device, patch = next(model.parameters()).device, int(model.patch_size)
     covered = shape[-1] - shape[-1] % patch
-    inside = decoding.cropped(labels, covered)
-    decoding.start_at_shares(model, inside, num_classes)
+    inside = frozen_decoder.cropped(labels, covered)
+    frozen_decoder.start_at_shares(model, inside, num_classes)
     positive = np.asarray(inside.any(axis=(1, 2)))
     drawn = torch.from_numpy(labels)
     rates = {"finetune": how.lr, "lora": how.lora_lr}
@@ -116,7 +116,7 @@ def build(
         depths = decoders.depths(spec.num_depths(adaptation), encoder.num_blocks)
     except ValueError as error:
         raise UserError("CONFIG", f"adapt.decoder.depths: {error} ({start.arch})") from None
-    decoder = decoding.build(
+    decoder = frozen_decoder.build(
         spec, adaptation, dim=encoder.embed_dim, num_depths=len(depths), num_classes=num_classes, seed=seed
     )
     return Segmenter(encoder, decoder, depths).to(device), source
