@@ -87,6 +87,14 @@ def test_an_operation_is_tied_to_the_line_that_made_it() -> None:
     assert re.search(r"of cranium/dinov2/losses.py, line \d+, soft_cross_entropy$", found["operation"])
 
 
+def test_frames_are_of_this_package_whatever_the_folder_of_a_clone_is_called() -> None:
+    ours = f'  File "{losses.__file__}", line 7, in dino'
+    found = anomaly.OURS.search(ours)
+    assert found and found.groups() == ("cranium/dinov2/losses.py", "7", "dino")
+    library = "/home/me/cranium/.venv/lib/python3.11/site-packages/torch/_tensor.py"
+    assert anomaly.OURS.search(f'  File "{library}", line 7, in backward') is None
+
+
 def test_hooks_are_gone_afterwards() -> None:
     net = network()
     traced(net, torch.randn(3, 4))

@@ -9,13 +9,16 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 MOST = 5  # names listed of a kind
-OURS = re.compile(r'/(cranium/[^"]+\.py)", line (\d+), in (\S+)')  # a frame of this package, in a traceback
+# A frame of this package in a traceback, wherever it lies: a clone's own folder may be called cranium, too.
+SHELF = Path(__file__).parents[2]
+OURS = re.compile(rf'"{re.escape(str(SHELF))}/(cranium/[^"]+\.py)", line (\d+), in (\S+)')
 
 Look = Callable[[Tensor], None]
 
