@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -210,6 +212,31 @@ def test_an_unwritable_database_is_a_tracking_error(tmp_path: Path) -> None:
     (tmp_path / "mlflow.db").write_text("this is no database" * 100)
     with pytest.raises(track.TrackingError):
         Tracker(f"sqlite:///{tmp_path / 'mlflow.db'}", "study")
+
+
+KILLED_IN_THE_TABLES = """
+import os, sys
+from sqlalchemy import event
+from sqlalchemy.engine import Engine
+from cranium.track import connected
+
+@event.listens_for(Engine, "after_cursor_execute")
+def killed(connection, cursor, statement, *rest):
+    if "CREATE TABLE _alembic_tmp_tags" in statement:
+        os._exit(9)
+
+connected(sys.argv[1])
+"""
+
+
+def test_a_database_that_was_killed_in_the_making_is_made_anew(tmp_path: Path) -> None:
+    database = tmp_path / "store" / "mlflow.db"
+    uri = f"sqlite:///{database}"
+    assert subprocess.run([sys.executable, "-c", KILLED_IN_THE_TABLES, uri], timeout=120).returncode == 9
+    assert not database.exists() and list(database.parent.iterdir()) != []
+    tracker = Tracker(uri, "study")
+    assert tracker.run("a", "a", {}) == Tracker(uri, "study").run("a", "a", {})
+    assert {path.name for path in database.parent.iterdir()} == {"mlflow.db", "mlflow.lock"}
 
 
 @given(

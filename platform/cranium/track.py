@@ -385,12 +385,23 @@ def connected(uri: str) -> MlflowClient:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-    if database := _sqlite(uri):
-        database.parent.mkdir(parents=True, exist_ok=True)
     from mlflow import MlflowClient
 
     with _schema_lock(uri):
-        return MlflowClient(tracking_uri=uri)  # makes the schema of a new sqlite database: seconds, once
+        if (database := _sqlite(uri)) and not database.exists():
+            _make(database)
+        return MlflowClient(tracking_uri=uri)
+
+
+def _make(database: Path) -> None:
+    """A new database, whole or not at all: MLflow refuses for ever one that was killed while it made the tables."""
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    draft = database.with_name(f"{database.name}.part")
+    for left in database.parent.glob(f"{draft.name}*"):  # by a kill: the draft, its rollback journal
+        left.unlink()
+    SqlAlchemyStore(f"sqlite:///{draft}", (database.parent / ARTEFACTS).absolute().as_uri()).engine.dispose()
+    draft.replace(database)
 
 
 def _sqlite(uri: str) -> Path | None:
