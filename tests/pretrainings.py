@@ -1,6 +1,6 @@
 """A tiny pretraining, what makes two of them equal, and one in a process of its own in which something is killed.
 
-    pretrainings.py SHARDS STORE [--kill worker|node|controller|gcs] [--nodes]
+    pretrainings.py SHARDS STORE [--kill worker|node|controller|gcs] [--stop] [--nodes]
 
 prints a line of JSON for each step that is seen and for the kill. `--nodes`: on a loopback cluster of a head without
 CPUs and two nodes, instead of a private one.
@@ -151,6 +151,7 @@ def main() -> None:
     parser.add_argument("shards", type=Path)
     parser.add_argument("store", type=Path)
     parser.add_argument("--kill", choices=("worker", "node", "controller", "gcs"))
+    parser.add_argument("--stop", action="store_true", help="SIGSTOP instead of SIGKILL: it hangs")
     parser.add_argument("--nodes", action="store_true")
     parser.add_argument("--changed", type=json.loads, default={})
     asked = parser.parse_args()
@@ -162,7 +163,7 @@ def main() -> None:
             left.clear()
             for process in found[:1]:
                 print(json.dumps({"killed": time.time(), "pid": process.pid}), flush=True)
-                os.kill(process.pid, signal.SIGKILL)
+                os.kill(process.pid, signal.SIGSTOP if asked.stop else signal.SIGKILL)
 
     with contextlib.ExitStack() as stack:
         address = stack.enter_context(loopback()) if asked.nodes else None

@@ -290,6 +290,7 @@ class PretrainCompute(Compute):
     checkpoint_every: int = Field(500, ge=1)  # steps
     log_every: int = Field(10, ge=1)
     max_failures: int = Field(2, ge=0)
+    stall_seconds: float = Field(600, gt=0)  # without a move of any worker: whoever holds them up is ended
     prefetch_batches: int = Field(2, ge=1)
     read_cpus: float = Field(1.0, ge=0)  # of a worker's node, held by the tasks that read for it
     monitor: Monitor | None = None  # it only looks: what comes out of the training does not depend on it

@@ -19,7 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from cranium import capture, checkpoint, corpora, health_page, monitor, restart, store, track, training
+from cranium import capture, checkpoint, corpora, health_page, monitor, restart, stall, store, track, training
 from cranium.config import PRETRAINED_HERE, Experiment, Machine, Pretrain, UserError, canonical
 from cranium.course import Course
 from cranium.store import Artefact
@@ -81,7 +81,8 @@ def pretrain(
         store.write_atomic(made.path / KEY, canonical(_key(exp, machine, init, shard_sets)))
         looks = monitor.watching(made.path, monitored, exp.pretrain.compute.monitor)
         page = health_page.kept(made, exp, init, shard_sets)
-        with page, _watched(made.path / JOURNAL, exp.pretrain.steps, progress), looks:
+        together = stall.watched(made.path, exp.pretrain.compute.stall_seconds)
+        with page, _watched(made.path / JOURNAL, exp.pretrain.steps, progress), looks, together:
             found = fit(exp.pretrain, told, made.path)
             if found["captured"]:
                 raise capture.ended(made.path.name, Path(found["captured"]))

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from cranium import allocator, capture, checkpoint, corpora, meters, restart, store, stream, track
+from cranium import allocator, capture, checkpoint, corpora, meters, restart, stall, store, stream, track
 from cranium.config import Crops, Experiment, Loss, Optimiser, Pretrain, fingerprint
 from cranium.dinov2 import anomaly, schedules
 from cranium.dinov2.crops import CropSpec
@@ -40,6 +40,18 @@ MOST_SKIPPED = 5  # updates left out in a row; the next one that is not finite e
 
 def train_worker(payload: dict[str, Any]) -> dict[str, Any]:
     """What every worker runs: all steps, or those up to the one to look into (`replay`). What it has to tell."""
+    import ray.train
+
+    standing = stall.Standing()
+    if payload["replay"] is not None:
+        return _train(payload, standing)
+    seconds = payload["experiment"]["pretrain"]["compute"]["stall_seconds"]
+    rank = ray.train.get_context().get_world_rank()
+    with stall.beating(Path(payload["folder"]), rank, seconds, standing):
+        return _train(payload, standing)
+
+
+def _train(payload: dict[str, Any], standing: stall.Standing) -> dict[str, Any]:
     import ray.train
     import ray.train.torch
 
@@ -101,12 +113,14 @@ def train_worker(payload: dict[str, Any]) -> dict[str, Any]:
         "image_size": corpus.shape[-1],
         "config": fingerprint(spec),
     }
-    run = Run(folder, device, world, corpus, order, journal, card)
+    run = Run(folder, device, world, corpus, order, journal, card, standing)
     meter = _meter(spec, labels, position.step, world, folder / JOURNAL)
     if position.step == 0:
         _look(spec, method, run, 0)
     clock, begun = Stopwatch(), position.step
+    standing.move(position.step, "first_batch")
     captured = _loop(spec, method, optimiser, batches, position, run, clock, meter)
+    standing.move(position.step, "end")
     if journal:
         journal.close()
     if journal and position.step == spec.steps:
@@ -130,6 +144,7 @@ class Run:
     order: plan.Order
     journal: track.Journal | None = None
     card: dict[str, Any] = field(default_factory=dict)  # of exported backbones
+    standing: stall.Standing = field(default_factory=stall.Standing)
 
 
 PARTS = ("step", "first_batch", "data_wait", "checkpoint", "tracking", "monitor")
@@ -237,6 +252,7 @@ def _loop(
     saved, waiting = position.step, "first_batch"
     for batch in batches:
         waited, waiting = clock.lap(waiting), "data_wait"
+        run.standing.move(batch.step, "step")
         now = schedule.at(batch.step)
         terms = update(spec, method, optimiser, batch, now)
         if not terms.finite:
@@ -265,6 +281,7 @@ def _loop(
             run.journal.metrics(batch.step, values)
             meter.entry(values)
         clock.lap("tracking")
+        run.standing.move(batch.step, "checkpoint")
         asked = _asked(run, done, spec)
         leaving, preempted = asked == "leave", asked == "save" and not warned
         warned = warned or preempted
@@ -273,8 +290,10 @@ def _loop(
             restart.save(method, optimiser, position, run.journal is not None, awaited)
             saved = done
         clock.lap("checkpoint")
+        run.standing.move(batch.step, "monitor")
         _look(spec, method, run, done)
         clock.lap("monitor")
+        run.standing.move(done, "data_wait")
         if leaving:
             break
     return None

@@ -1,4 +1,4 @@
-"""Rows R2 to R4: a node, Train's controller, the head, or everything in the midst of a checkpoint is killed by SIGKILL.
+"""Rows R2 to R4, R7: a node, Train's controller, the head, or all in the midst of a checkpoint is killed; one hangs.
 
 What is left, or the same command again, ends with the tensors, the position and the journal of an undisturbed run. Each
 test prints the time from the kill to the next step (60 s are asked for, on two cores that do nothing else).
@@ -20,7 +20,7 @@ import psutil
 import pytest
 
 import pretrainings
-from cranium import checkpoint, restart
+from cranium import checkpoint, restart, stall
 from cranium.store import Artefact
 from shards import shard_set
 
@@ -90,6 +90,28 @@ def test_without_its_head_the_command_ends_and_the_next_one_goes_on(
     pretrainings.same(made, undisturbed)
     lost = pretrainings.seconds_lost(made, ended)
     print(f"head killed: the command ended after {ended - killed:.1f} s; {lost:.1f} s to the next step")
+
+
+def test_a_worker_that_hangs_is_named_and_ended(shards: Artefact, tmp_path: Path) -> None:
+    """SIGSTOP: nothing of Ray or of the collective says a word for minutes."""
+    compute = {"num_workers": 2, "checkpoint_every": 8, "log_every": 1, "stall_seconds": 10}
+    changed = ["--changed", json.dumps({"compute": compute})]
+    process = begin(shards, tmp_path / "hung", *changed, "--kill", "worker", "--stop")
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    facts = {
+        k: v for line in output.splitlines() if line.startswith("{") for k, v in json.loads(line).items()
+    }
+    (said,) = [line for line in output.splitlines() if line.startswith("no step for 10 s")]
+    assert f"(process {facts['pid']} on " in said and "does not answer" in said
+    assert said.count("process") == 1, "the one that waits was ended too"
+    made = Artefact(Path(facts["made"]))
+    calm = Artefact(Path(told(begin(shards, tmp_path / "calm", *changed))["made"]))
+    pretrainings.same(made, calm)
+    waited = (made.path / stall.STACKS).glob("worker-*.txt")
+    assert ["training.py" in path.read_text() for path in waited] == [True]
+    lost = pretrainings.seconds_lost(made, facts["killed"])
+    print(f"worker stopped: {lost:.1f} s to the next step, of them 10 to be sure")
 
 
 def test_everything_killed_while_a_checkpoint_is_copied(
