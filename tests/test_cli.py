@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 import phantoms
-from cranium import cli, config, ending, flow, reading
+from cranium import cli, config, errors, flow, reading
 from cranium.config import UserError
 from cranium.study import Study
 from cranium.target import read_target
@@ -182,7 +182,7 @@ def test_what_ray_wraps_is_said_without_its_traceback() -> None:
     both.cause = inner  # type: ignore[attr-defined]
     outer = RuntimeError("the job failed")
     outer.__cause__ = both
-    assert ending._user_error(outer) is inner
+    assert errors.mendable(outer) is inner
 
 
 def test_rejected_inputs_end_in_three(

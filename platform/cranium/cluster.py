@@ -34,6 +34,7 @@ ENVIRONMENT: Mapping[str, str] = {
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",  # the dashboard's Train tab
     "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": "1800",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600",
+    "RAY_task_oom_retries": "5",  # a minute; Ray's default is to try for ever, without a word
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_DEDUP_LOGS": "0",
     "RAY_COLOR_PREFIX": "0",

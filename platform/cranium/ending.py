@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from cranium import errors
 from cranium.config import UserError
 
 STOPPED = (130, 143)
@@ -76,7 +77,7 @@ def _explained(raised: BaseException, received: set[int]) -> tuple[Outcome, str]
         return Outcome(143, {"error": "TERMINATED"}), "stopped; the same command goes on from here"
     if signal.SIGINT in received or isinstance(raised, KeyboardInterrupt):
         return Outcome(130, {"error": "INTERRUPTED"}), "stopped; the same command goes on from here"
-    error = _user_error(raised)
+    error = errors.mendable(raised)
     if error is None:
         text = next(iter(str(raised).strip().splitlines()), "")
         hint = "the log has the traceback, and --debug shows it"
@@ -85,26 +86,6 @@ def _explained(raised: BaseException, received: set[int]) -> tuple[Outcome, str]
     return Outcome(
         error.exit_code, {"error": error.code, "message": message}
     ), f"error {error.code}: {message}"
-
-
-def _user_error(raised: BaseException) -> UserError | None:
-    """The error a user can mend, found behind what Ray wraps around it."""
-    seen: set[int] = set()
-    current: BaseException | None = raised
-    while current is not None and id(current) not in seen:
-        seen.add(id(current))
-        # Ray's wrapping: it may be a UserError too, with a traceback for its message.
-        if isinstance(wrapped := getattr(current, "cause", None), BaseException):
-            current = wrapped
-            continue
-        if isinstance(current, UserError):
-            return current
-        if isinstance(current, OSError) and current.errno == 28:
-            return UserError(
-                "NO_SPACE", f"the disk is full ({current.filename}); free some and run the same again", 1
-            )
-        current = current.__cause__ or current.__context__
-    return None
 
 
 class _Signals:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from cranium import cluster, inventory, meters, recording, store, trust
+from cranium import cluster, errors, inventory, meters, recording, store, trust
 from cranium.config import FROZEN, Stack, UserError, to_yaml
 from cranium.inventory import Features
 from cranium.reading import share
@@ -172,9 +172,19 @@ def _health_page(study: Study, init: str, made: Artefact, corpus: list[Artefact]
 
 @contextlib.contextmanager
 def _working(study: Study, stage: str, made: Artefact) -> Iterator[None]:
-    """Be connected to Ray, and say there what is being worked on."""
-    with cluster.connect(study.machine), meters.running(stage, study.exp.name, made.path.name):
-        yield
+    """Be connected to Ray, and say there what is being worked on; `UserError(OUT_OF_MEMORY)` says what to change."""
+    try:
+        with cluster.connect(study.machine), meters.running(stage, study.exp.name, made.path.name):
+            yield
+    except Exception as error:
+        ran_out = None if errors.mendable(error) else errors.out_of_memory(error)
+        if ran_out is None:
+            raise
+        where, what = ran_out
+        mend = errors.less_memory(study.exp, stage, where)
+        raise UserError(
+            "OUT_OF_MEMORY", f"{what}; {mend}; the same command goes on from what is there", 1
+        ) from error
 
 
 def replay(study: Study, capture: Path) -> None:

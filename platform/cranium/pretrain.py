@@ -7,10 +7,8 @@ from its last checkpoint and ends with the tensors of an undisturbed one. `train
 
 from __future__ import annotations
 
-import errno
 import json
 import math
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -19,7 +17,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from cranium import capture, checkpoint, corpora, health_page, monitor, restart, stall, store, track, training
+from cranium import (
+    capture,
+    checkpoint,
+    corpora,
+    errors,
+    health_page,
+    monitor,
+    restart,
+    stall,
+    store,
+    track,
+    training,
+)
 from cranium.config import PRETRAINED_HERE, Experiment, Machine, Pretrain, UserError, canonical
 from cranium.course import Course
 from cranium.store import Artefact
@@ -247,7 +257,7 @@ def fit(spec: Pretrain, told: dict[str, Any], folder: Path) -> dict[str, Any]:
     try:
         result = _interruptible(until_it_lives, folder / STOP)
     except Exception as error:
-        raise _explained(error) from error
+        raise errors.mendable(error) or error from error
     found: dict[str, Any] = result.return_value
     return found
 
@@ -278,22 +288,6 @@ def _interruptible(work: Callable[[], Any], stop: Path) -> Any:
     if "error" in outcome:
         raise outcome["error"]
     return outcome["result"]
-
-
-def _explained(error: BaseException) -> BaseException:
-    """The `UserError` a worker raised, found behind Ray's wrapping; that the disk is full; else the error as it is."""
-    seen: list[Any] = [error]
-    while seen:
-        current = seen.pop()
-        if isinstance(current, UserError):
-            return current
-        seen += [e for e in (getattr(current, "worker_failures", None) or {}).values()]
-        seen += [e for e in (getattr(current, "cause", None), current.__cause__) if e is not None]
-    # By its words: safetensors, pyarrow and Python each raise an error of their own.
-    if os.strerror(errno.ENOSPC) in str(error):
-        mend = "free some space: the same command goes on from the last checkpoint"
-        return UserError("NO_SPACE", f"the disk is full; {mend}", 1)
-    return error
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from typing import Any
 from cranium import (
     adapt,
     checkpoint,
+    errors,
     leakage,
     meters,
     segmenting,
@@ -284,7 +285,7 @@ def sweep(grid: Grid, exp: Experiment, tell: Tell | None = None) -> dict[str, st
         part = tuple(work for work in missing if (work.cell.adaptation in FROZEN) == frozen)
         failures |= _searched(grid, part, resources, tell)
         if part := tuple(work for work in part if work.folder.name not in failures):
-            failures |= _run(exp.name, grid, part, resources, tell)
+            failures |= _run(exp, grid, part, resources, tell)
     for work in missing:
         if reason := failures.get(work.folder.name):
             sweep_progress.failed(work.folder, reason)
@@ -321,7 +322,7 @@ def _searched(grid: Grid, part: tuple[Work, ...], compute: Compute, tell: Tell |
 
 
 def _run(
-    experiment: str, grid: Grid, part: tuple[Work, ...], compute: Compute, tell: Tell | None
+    exp: Experiment, grid: Grid, part: tuple[Work, ...], compute: Compute, tell: Tell | None
 ) -> dict[str, str]:
     """Run these cells, each a trial with the resources of `compute`; name -> reason of those that failed."""
     import ray
@@ -330,7 +331,7 @@ def _run(
     threads = compute.threads or max(1, int(compute.cpus_per_worker))
     # In a tuple, so that it comes to a trial as a reference: read by each of them, 10,000 cells cost it 0.2 s.
     shared = (ray.put((part, dict(grid.folds))),)
-    trial = tune.with_parameters(_trial, shared=shared, threads=threads, experiment=experiment)
+    trial = tune.with_parameters(_trial, shared=shared, threads=threads, experiment=exp.name)
     tuner = tune.Tuner(
         tune.with_resources(trial, {"cpu": compute.cpus_per_worker, "gpu": compute.gpus_per_worker}),
         param_space={"cell": tune.grid_search(list(range(len(part))))},
@@ -346,7 +347,7 @@ def _run(
     def count() -> None:
         missing = grid.missing
         done, failed = len(grid.works) - len(missing), sweep_progress.broken(work.folder for work in missing)
-        labels = {"experiment": experiment, "run": grid.artefact.path.name}
+        labels = {"experiment": exp.name, "run": grid.artefact.path.name}
         for state, cells in {"done": done, "failed": failed, "missing": len(missing) - failed}.items():
             meters.put("cranium_sweep_cells", cells, {**labels, "state": state})
         if tell:
@@ -356,10 +357,18 @@ def _run(
         results = tuner.fit()
     count()
     return {
-        part[result.config["cell"]].folder.name: str(result.error).strip().splitlines()[-1]
+        part[result.config["cell"]].folder.name: _reason(exp, result.error)
         for result in results
         if result.error and result.config
     }
+
+
+def _reason(exp: Experiment, error: Exception) -> str:
+    """Why a cell failed, in a line."""
+    if ran_out := errors.out_of_memory(error):
+        where, what = ran_out
+        return f"{what}; {errors.less_memory(exp, 'sweep', where)}"
+    return str(error).strip().splitlines()[-1]
 
 
 @lru_cache(maxsize=1)
