@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -119,3 +121,34 @@ def test_a_pretraining_that_fails_or_is_stopped_says_so_and_is_taken_up_again(
             assert status() == "RUNNING"
             raise error
         assert status() == ended
+
+
+def test_a_run_whose_process_was_killed_is_said_to_be_by_the_next_command(
+    study: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recording, "LIVE_SECONDS", 0.0)
+    root, tracker = study.machine.store, track.Tracker(study.machine.tracking, study.exp.name)
+    names = ("dead", "alive", "done", "elsewhere")
+    for name in names:
+        made = store.Artefact(root / "pretrain" / name)
+        tracker.run(made.id, name, {})
+        if name != "elsewhere":  # in another store, on the same server
+            made.path.mkdir(parents=True)
+            (made.path / "journal").touch()
+    store.commit(root / "pretrain" / "done", {})  # all but its end was sent
+    hour_ago = time.time() - 3600
+    for path in (root / "pretrain" / "dead" / "journal", root / "pretrain" / "dead"):
+        os.utime(path, (hour_ago, hour_ago))
+    tracker.run("sweep/../../etc", "not ours", {})
+
+    def status() -> dict[str, str]:
+        return {r.info.run_name: r.info.status for r in tracker.client.search_runs([tracker.experiment_id])}
+
+    with store.lock(root, "pretrain/alive"):
+        recording._tracker(study)
+    running = {name: "RUNNING" for name in ("alive", "done", "elsewhere", "not ours")}
+    assert status() == {**running, "dead": "KILLED"}
+    (dead,) = tracker.client.search_runs([tracker.experiment_id], "attributes.status = 'KILLED'")
+    assert "gone" in dead.data.tags["killed"] and abs(dead.info.end_time / 1000 - hour_ago) < 1
+    assert tracker.run("pretrain/dead", "dead", {}) == dead.info.run_id  # taken up again
+    assert status()["dead"] == "RUNNING"

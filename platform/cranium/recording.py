@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 JOURNALS = ("journal", "monitor/journal")  # of a pretraining: its steps, and the looks at its teacher
 LIVE_SECONDS = 10.0  # how often a running stage is sent on
 SEARCH = ("trials", "ended_early", "diverged", "epochs", "validation_auroc", "declared_validation_auroc")
+LOCKED = ("pretrain", "sweep")  # stages whose artefact is locked while it is made
 PART = ".part.json"  # of a mark: what of a sweep was sent so far
 
 
@@ -35,8 +36,26 @@ def _tracking(study: Study) -> Iterator[None]:
 
 def _tracker(study: Study) -> track.Tracker:
     whole = study.whole
-    whole.tracker = whole.tracker or track.Tracker(study.machine.tracking, study.exp.name)
+    if whole.tracker is None:
+        tracker = track.Tracker(study.machine.tracking, study.exp.name)
+        _reap(study, tracker)
+        whole.tracker = tracker
     return whole.tracker
+
+
+def _reap(study: Study, tracker: track.Tracker) -> None:
+    """Runs of this store that nobody works on any more are KILLED: SIGKILL leaves nobody to say so.
+
+    Whoever works holds the artefact's lock. One that is done is none of them: its end is yet to be sent.
+    """
+    for run in tracker.running():
+        stage, _, name = run.key.partition("/")
+        made = Artefact(study.machine.store / stage / name)
+        ours = stage in LOCKED and name == Path(name).name and made.path.is_dir()
+        if ours and not made.done and not store.is_held(study.machine.store, made.id):
+            seen = max(path.stat().st_mtime for path in (made.path, *made.path.rglob("*")))
+            tracker.log(run.id, {}, {"killed": "its process was gone when the next command looked"})
+            tracker.finish(run.id, "KILLED", seen)
 
 
 def _mark(study: Study, made: Artefact) -> Path:

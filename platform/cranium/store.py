@@ -141,6 +141,18 @@ def lock(store: Path, name: str) -> Iterator[None]:
         yield
 
 
+def is_held(store: Path, name: str) -> bool:
+    """Whether a process of this file system holds a lock of the store; nothing is written."""
+    try:
+        with lock_file(store, name).open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
 def lock_file(store: Path, name: str) -> Path:
     """What `lock` locks; written when somebody takes the lock."""
     return store / "locks" / f"{name.replace('/', '-')}.lock"

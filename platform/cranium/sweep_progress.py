@@ -5,7 +5,6 @@ A sweep lists its cells before the first of them, a cell that failed says why in
 
 from __future__ import annotations
 
-import contextlib
 import json
 import time
 from collections.abc import Iterable
@@ -13,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cranium import store
-from cranium.config import UserError
 from cranium.store import Artefact
 
 CELLS = "cells.json"  # of a sweep
@@ -75,11 +73,6 @@ def of(root: Path, sweep: Artefact) -> Progress | None:
 
 def _running_since(root: Path, sweep: Artefact) -> float | None:
     """When the process that sweeps took the lock; None when none holds it."""
-    with contextlib.suppress(FileNotFoundError):
-        begun = store.lock_file(root, sweep.id).stat().st_mtime
-        try:
-            with store.lock(root, sweep.id):
-                return None
-        except UserError:
-            return begun
-    return None
+    if not store.is_held(root, sweep.id):
+        return None
+    return store.lock_file(root, sweep.id).stat().st_mtime

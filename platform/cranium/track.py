@@ -304,23 +304,27 @@ class Tracker:
             log = self.client.log_artifacts if path.is_dir() else self.client.log_artifact
             log(run_id, str(path))
 
-    def finish(self, run_id: str, status: str = "FINISHED") -> None:
-        """End a run: FINISHED, FAILED or KILLED. A finished run stays as it is."""
+    def finish(self, run_id: str, status: str = "FINISHED", ended: float | None = None) -> None:
+        """End a run: FINISHED, FAILED or KILLED, now or at a time in seconds. A finished run stays as it is."""
         with reaching(self.uri):
             if self.client.get_run(run_id).info.status != status:
-                self.client.set_terminated(run_id, status)
+                self.client.set_terminated(run_id, status, ended and int(1000 * ended))
 
     def children(self, parent: str) -> list[Run]:
         """The runs below `parent`, oldest first."""
+        return self._found(f"tags.`{PARENT}` = '{parent}'")
+
+    def running(self) -> list[Run]:
+        """The runs that have not ended, as far as MLflow knows."""
+        return self._found("attributes.status = 'RUNNING'")
+
+    def _found(self, wanted: str) -> list[Run]:
         with reaching(self.uri):
             runs: list[Run] = []
             token: str | None = None
             while True:
                 page = self.client.search_runs(
-                    [self.experiment_id],
-                    f"tags.`{PARENT}` = '{parent}'",
-                    order_by=["start_time ASC"],
-                    page_token=token,
+                    [self.experiment_id], wanted, order_by=["start_time ASC"], page_token=token
                 )
                 runs += [_run(found) for found in page]
                 token = page.token
