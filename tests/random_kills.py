@@ -173,7 +173,7 @@ class Disturbed:
         if hit and kill.target != "worker":  # without one of those it may go on
             assert self.command.wait(120) not in (0, 3) or self.over(), "it took a kill for its end"
         ended, after = self.command.ended, time.monotonic() - killed
-        left = self.command.gone(60) if ended is not None else None
+        left = self.command.gone(180) if ended is not None else None  # Ray's agents once took over a minute
         self.check()
         write(
             stage=self.stage, kill=number, seed=SEED, moment=kill.moment, target=kill.target, hit=hit,

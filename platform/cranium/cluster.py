@@ -199,16 +199,27 @@ def _owned(folder: Path) -> Iterator[None]:
 
 
 def _sweep_up(below: Path) -> None:
-    """Remove the folders of private clusters whose process was killed: nobody holds their lock any more."""
+    """End and remove what is left of private clusters whose process was killed: nobody holds their lock any more."""
     for lock in below.glob(f"{OURS}*/{OWNER}"):
         with contextlib.suppress(OSError):  # held, or gone meanwhile
             file = os.open(lock, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if os.fstat(file).st_uid == lock.parent.stat().st_uid == os.getuid():
+                    _end_orphans(lock.parent)
                     shutil.rmtree(lock.parent, ignore_errors=True)
             finally:
                 os.close(file)
+
+
+def _end_orphans(folder: Path) -> None:
+    """Ray's agents now and then outlive their node by minutes; all that a private cluster starts names its folder."""
+    import psutil
+
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.pid != os.getpid() and process.environ().get("RAY_TMPDIR") == str(folder):
+                process.kill()
 
 
 @contextlib.contextmanager

@@ -123,8 +123,8 @@ with cluster._owned(Path(sys.argv[1])):
 """
 
 
-def test_the_folder_of_a_killed_command_goes_with_the_next_one(tmp_path: Path) -> None:
-    """A folder whose owner lives stays, and so does whatever else is called so."""
+def test_what_a_killed_command_left_goes_with_the_next_one(tmp_path: Path) -> None:
+    """A folder whose owner lives stays, and so does whatever else is called so; of processes likewise."""
     folders = [tmp_path / f"cranium-{name}" for name in ("killed", "alive", "others")]
     environment = {**os.environ, "PYTHONPATH": str(Path(cluster.__file__).parents[1])}
     owners = []
@@ -134,6 +134,10 @@ def test_the_folder_of_a_killed_command_goes_with_the_next_one(tmp_path: Path) -
         command = [sys.executable, "-c", OWNS, str(folder)]
         owners.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
         assert owners[-1].stdout is not None and owners[-1].stdout.readline() == "owned\n"
+    agents = [
+        subprocess.Popen(["sleep", "600"], env={**os.environ, "RAY_TMPDIR": str(folder)})
+        for folder in folders
+    ]
     try:
         cluster._sweep_up(tmp_path)
         assert all(folder.is_dir() for folder in folders)
@@ -141,8 +145,9 @@ def test_the_folder_of_a_killed_command_goes_with_the_next_one(tmp_path: Path) -
         owners[0].wait()
         cluster._sweep_up(tmp_path)
         assert [folder.is_dir() for folder in folders] == [False, True, True]
+        assert agents[0].wait(10) == -signal.SIGKILL and [one.poll() for one in agents[1:]] == [None, None]
     finally:
-        for owner in owners:
+        for owner in [*owners, *agents]:
             owner.kill()
             owner.communicate()
 
