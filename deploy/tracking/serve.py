@@ -75,6 +75,8 @@ def main() -> None:
     words = ["-m", "mlflow", "server", "--app-name", "basic-auth", "--artifacts-destination", artefacts]
     words += ["--host", os.environ.get("BIND", "127.0.0.1"), "--port", os.environ.get("PORT", "5000")]
     words += ["--workers", os.environ.get("WORKERS", "4"), "--allowed-hosts", os.environ["HOSTS"]]
+    # A worker takes longer than uvicorn's 5 s to start on a busy machine, and would be started again and again.
+    words += ["--uvicorn-opts", "--timeout-worker-healthcheck 120"]
     os.execv(sys.executable, [sys.executable, *words])
 
 

@@ -40,7 +40,7 @@ Settings = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="print one last line of JSON")]
 Debug = Annotated[bool, typer.Option("--debug", help="show tracebacks")]
-BENCHES = ("stream", "ingest", "embed", "pretrain", "step", "sweep")
+BENCHES = ("stream", "ingest", "embed", "pretrain", "step", "sweep", "track")
 
 
 # ---- verbs ----------------------------------------------------------------------------------------------------------

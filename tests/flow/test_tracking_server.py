@@ -22,6 +22,7 @@ import pytest
 import yaml
 
 from cranium import track
+from cranium.track import Tracker
 
 pytestmark = pytest.mark.flow
 ROOT = Path(__file__).parents[2]
@@ -143,6 +144,32 @@ def test_cranium_tracks_into_it(signed_in: Server, tmp_path: Path) -> None:
     history = tracker.client.get_metric_history(parent, "train/loss")
     assert [point.step for point in history] == list(range(1500))
     assert history[999].value == pytest.approx(1e-3)
+
+
+def test_a_journal_of_an_outage_comes_whole_where_sending_it_broke_off(
+    signed_in: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Metrics are sent side by side; one request fails, and the next command sends what is left, each point once."""
+    tracker, names = track.Tracker(signed_in.uri, "outage"), [f"train/{letter}" for letter in "abcdefg"]
+    run = tracker.run("long", "long", {})
+    with track.Journal(tmp_path / "journal") as journal:
+        for step in range(1200):
+            journal.metrics(step, {name: step + 0.25 for name in names[: 1 + step % len(names)]})
+    sent, broken = Tracker.send, iter([False] * 7 + [True])
+
+    def breaks(self: Tracker, run_id: str, *what: object) -> None:
+        if next(broken, False):
+            raise track.TrackingError("gone")
+        sent(self, run_id, *what)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch, pytest.raises(track.TrackingError, match="gone"):
+        patch.setattr(Tracker, "send", breaks)
+        tracker.replay(run, tmp_path / "journal")
+    tracker.replay(run, tmp_path / "journal")
+    for number, name in enumerate(names):
+        history = tracker.client.get_metric_history(run, name)
+        there = [step for step in range(1200) if step % len(names) >= number]
+        assert [(point.step, point.value) for point in history] == [(step, step + 0.25) for step in there]
 
 
 def test_artefacts_are_in_the_bucket(
