@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import time
 from pathlib import Path
 
@@ -127,14 +128,14 @@ def test_a_run_whose_process_was_killed_is_said_to_be_by_the_next_command(
     study: Study, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(recording, "LIVE_SECONDS", 0.0)
-    root, tracker = study.machine.store, track.Tracker(study.machine.tracking, study.exp.name)
-    names = ("dead", "alive", "done", "elsewhere")
-    for name in names:
+    root, uri, name = study.machine.store, study.machine.tracking, study.exp.name
+    tracker = track.Tracker(uri, name, store.identity(root))
+    for name in ("dead", "alive", "done"):
         made = store.Artefact(root / "pretrain" / name)
         tracker.run(made.id, name, {})
-        if name != "elsewhere":  # in another store, on the same server
-            made.path.mkdir(parents=True)
-            (made.path / "journal").touch()
+        made.path.mkdir(parents=True)
+        (made.path / "journal").touch()
+    track.Tracker(uri, study.exp.name, "another").run("pretrain/dead", "elsewhere", {})
     store.commit(root / "pretrain" / "done", {})  # all but its end was sent
     hour_ago = time.time() - 3600
     for path in (root / "pretrain" / "dead" / "journal", root / "pretrain" / "dead"):
@@ -152,3 +153,63 @@ def test_a_run_whose_process_was_killed_is_said_to_be_by_the_next_command(
     assert "gone" in dead.data.tags["killed"] and abs(dead.info.end_time / 1000 - hour_ago) < 1
     assert tracker.run("pretrain/dead", "dead", {}) == dead.info.run_id  # taken up again
     assert status()["dead"] == "RUNNING"
+
+
+def test_two_stores_with_one_server_have_runs_of_their_own(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of one experiment, so that what they make has one name."""
+    monkeypatch.setattr(recording, "LIVE_SECONDS", 0.0)
+    machines = [study.machine, study.machine.model_copy(update={"store": tmp_path / "other"})]
+    for number, machine in enumerate(machines):
+        for _ in range(2):  # a command, and the same again
+            one = Study(study.exp, machine, {}, Console(quiet=True))
+            made = store.Artefact(machine.store / "pretrain" / "scratch-0")
+            with track.Journal(made.path / "journal", resume=0) as journal:
+                journal.metrics(0, {"train/loss": float(number)})
+            with recording.live(one, "scratch", made, lambda done, total, text: None) as live:
+                live(1, 2, "steps")
+            assert one.notes == []
+    client = track.Tracker(study.machine.tracking, study.exp.name).client
+    experiment_id = client.get_experiment_by_name(study.exp.name).experiment_id
+    runs = client.search_runs([experiment_id])
+    assert sorted(run.data.metrics["train/loss"] for run in runs) == [0.0, 1.0]
+
+
+def test_a_run_deleted_by_hand_comes_anew_and_whole(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recording, "LIVE_SECONDS", 0.0)
+    made = store.Artefact(study.machine.store / "pretrain" / "scratch-0")
+    client = track.Tracker(study.machine.tracking, study.exp.name).client
+    with track.Journal(made.path / "journal") as journal:
+
+        def command(*steps: int, deleted: bool = False) -> None:
+            with recording.live(study, "scratch", made, lambda done, total, text: None) as live:
+                for step in steps:
+                    journal.metrics(step, {"train/loss": float(step)})
+                    live(step + 1, 4, "steps")
+                    if deleted and step == steps[0]:
+                        client.delete_run(client.search_runs([experiment_id])[0].info.run_id)
+
+        command(0)
+        experiment_id = client.get_experiment_by_name(study.exp.name).experiment_id
+        command(1, 2, deleted=True)  # MLflow refuses the third step: it is said, and costs nothing
+        assert len(study.notes) == 1 and "must be in the 'active' state" in study.notes[0]
+        command(3)
+    (run,) = client.search_runs([experiment_id])
+    history = client.get_metric_history(run.info.run_id, "train/loss")
+    assert [(point.step, point.value) for point in history] == [(n, float(n)) for n in range(4)]
+
+
+def test_a_server_that_never_answers_costs_seconds(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes the connection and says nothing: of that no connection error comes."""
+    monkeypatch.setattr(recording, "LIVE_SECONDS", 0.0)
+    made = store.Artefact(study.machine.store / "pretrain" / "scratch-0")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        machine = study.machine.model_copy(
+            update={"tracking_uri": f"http://127.0.0.1:{silent.getsockname()[1]}"}
+        )
+        one, begun, told = Study(study.exp, machine, {}, Console(quiet=True)), time.monotonic(), []
+        with recording.live(one, "scratch", made, lambda done, total, text: told.append(done)) as live:
+            live(1, 2, "steps")
+        assert told == [1] and time.monotonic() - begun < 30
+    assert len(one.notes) == 1 and "the journals are kept" in one.notes[0]

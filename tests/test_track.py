@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import subprocess
 import sys
 import time
@@ -199,6 +200,28 @@ def test_params_tags_and_files(tmp_path: Path, mlflow_db: str) -> None:
     assert [path.read_text() for path in stored] == ["name: x\n"], (
         "beside the database, not in the current folder"
     )
+
+
+def test_odd_names_long_values_and_what_is_no_number_are_taken(tmp_path: Path, mlflow_db: str) -> None:  # T4
+    """A label of a card may be called anything; one refused name would keep the whole journal back."""
+    tracker = Tracker(mlflow_db, "study")
+    run, odd = tracker.run("k", "k", {}), "monitor/linear_diagnosis (1=AD), é:50%" + "x" * 300
+    with Journal(tmp_path / "journal") as journal:
+        for step in range(3):
+            journal.metrics(step, {odd: 0.5, "train/loss": [1.0, math.nan, math.inf][step]})
+    assert tracker.replay(run, tmp_path / "journal") == 6
+    assert (
+        tracker.replay(run, tmp_path / "journal") == tracker.replay(run, tmp_path / "journal", ask=True) == 0
+    )
+    for _ in range(2):
+        tracker.log(run, {"cells (all)": 4.0}, params={"note": "y" * 10_000, "by <site>": "z"})
+    data = tracker.client.get_run(run).data
+    name = "monitor/linear_diagnosis _1_AD__ é_50_" + "x" * 300
+    assert [p.value for p in tracker.client.get_metric_history(run, name[:250])] == [0.5] * 3
+    losses = [point.value for point in tracker.client.get_metric_history(run, "train/loss")]
+    assert losses[0] == 1 and math.isnan(losses[1]) and losses[2] > 1e300
+    assert data.params == {"note": "y" * 6000, "by _site_": "z"}
+    assert len(tracker.client.get_metric_history(run, "cells _all_")) == 1
 
 
 def test_mlflow_down_fails_within_seconds() -> None:

@@ -37,7 +37,8 @@ def _tracking(study: Study) -> Iterator[None]:
 def _tracker(study: Study) -> track.Tracker:
     whole = study.whole
     if whole.tracker is None:
-        tracker = track.Tracker(study.machine.tracking, study.exp.name)
+        machine = study.machine
+        tracker = track.Tracker(machine.tracking, study.exp.name, store.identity(machine.store))
         _reap(study, tracker)
         whole.tracker = tracker
     return whole.tracker
@@ -51,7 +52,7 @@ def _reap(study: Study, tracker: track.Tracker) -> None:
     for run in tracker.running():
         stage, _, name = run.key.partition("/")
         made = Artefact(study.machine.store / stage / name)
-        ours = stage in LOCKED and name == Path(name).name and made.path.is_dir()
+        ours = stage in LOCKED and name == Path(name).name and made.path.is_dir()  # whatever a server says
         if ours and not made.done and not store.is_held(study.machine.store, made.id):
             seen = max(path.stat().st_mtime for path in (made.path, *made.path.rglob("*")))
             tracker.log(run.id, {}, {"killed": "its process was gone when the next command looked"})

@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import json
 import os
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from cranium.config import UserError, fingerprint
 MANIFEST = "manifest.json"
 TOMBSTONE = "tombstone.json"  # of an artefact that depended on a subject who was forgotten
 SCHEMA_VERSION = 1
+IDENTITY = "id"  # a file of the store
 
 
 @dataclass(frozen=True)
@@ -156,6 +158,15 @@ def is_held(store: Path, name: str) -> bool:
 def lock_file(store: Path, name: str) -> Path:
     """What `lock` locks; written when somebody takes the lock."""
     return store / "locks" / f"{name.replace('/', '-')}.lock"
+
+
+def identity(store: Path) -> str:
+    """What a store is called where several meet, made when it is first asked; a copy of the store keeps it."""
+    path = store / IDENTITY
+    with contextlib.suppress(FileExistsError):  # by another process, meanwhile
+        if not path.is_file():
+            place.write(path, uuid.uuid4().hex, create=True)
+    return path.read_text()
 
 
 def find(store: Path, stage: str, name: str = "*") -> list[Artefact]:

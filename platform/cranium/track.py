@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import threading
 import time
 import uuid
@@ -27,9 +28,10 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 KEY = "cranium.key"  # the tag that makes creating a run idempotent
+STORE = "cranium.store"  # the tag of the store it was made in: two may share a server, and the keys of what they make
 PARENT = "mlflow.parentRunId"
 # MLflow's limits for one batch, one param.
-MAX_METRICS, MAX_PARAMS, MAX_TAGS, MAX_VALUE = (1000, 100, 100, 6000)
+MAX_METRICS, MAX_PARAMS, MAX_TAGS, MAX_VALUE, MAX_NAME = (1000, 100, 100, 6000, 250)
 LANES = 4  # requests at a time to a server: most of each is its own work
 Point = tuple[str, float, int, int]  # metric, value, milliseconds since the epoch, step
 ARTEFACTS = "mlflow-artifacts"  # beside a sqlite database
@@ -167,10 +169,13 @@ class Run:
 
 
 class Tracker:
-    """One MLflow experiment. Every method raises `TrackingError` within seconds when MLflow does not answer."""
+    """One MLflow experiment; of its runs, those of one store where `store` names it.
 
-    def __init__(self, uri: str, experiment: str) -> None:
-        self.uri = uri
+    Every method raises `TrackingError` within seconds when MLflow does not answer.
+    """
+
+    def __init__(self, uri: str, experiment: str, store: str = "") -> None:
+        self.uri, self.store = uri, store
         with reaching(uri):
             self.client = connected(uri)
             self.experiment_id = self._experiment(experiment)
@@ -193,15 +198,21 @@ class Tracker:
     def run(self, key: str, name: str, tags: Mapping[str, str], parent: str | None = None) -> str:
         """The run of this key: found, or made. A restart makes no second one; one that had stopped is RUNNING again."""
         with reaching(self.uri), _schema_lock(self.uri):
-            found = self.client.search_runs([self.experiment_id], f"tags.`{KEY}` = '{key}'", max_results=1)
-            wanted = {**tags, KEY: key, "mlflow.runName": name, **({PARENT: parent} if parent else {})}
-            if found:
-                run_id = str(found[0].info.run_id)
-                self.send(run_id, tags={k: v for k, v in wanted.items() if found[0].data.tags.get(k) != v})
-                if found[0].info.status in ("FAILED", "KILLED"):  # taken up again
+            own = {KEY: key, **({STORE: self.store} if self.store else {})}
+            wanted = {**tags, **own, "mlflow.runName": name, **({PARENT: parent} if parent else {})}
+            if found := self.found(own):
+                run_id = str(found.info.run_id)
+                self.send(run_id, tags={k: v for k, v in wanted.items() if found.data.tags.get(k) != v})
+                if found.info.status in ("FAILED", "KILLED"):  # taken up again
                     self.client.update_run(run_id, status="RUNNING")
                 return run_id
             return str(self.client.create_run(self.experiment_id, run_name=name, tags=wanted).info.run_id)
+
+    def found(self, tags: Mapping[str, str]) -> Any:
+        """MLflow's own object of a run that has these tags; None where there is none."""
+        wanted = " and ".join(f"tags.`{name}` = '{value}'" for name, value in tags.items())
+        page = self.client.search_runs([self.experiment_id], wanted, max_results=1)
+        return page[0] if page else None
 
     def record(
         self,
@@ -235,17 +246,15 @@ class Tracker:
         step: int = 0,
     ) -> None:
         """Metrics, tags and params at once. A metric that has this value already is not logged again."""
+        metrics = {named(k): float(v) for k, v in (metrics or {}).items()}
+        params = {named(k): str(v) for k, v in (params or {}).items()}
         with reaching(self.uri):
             data = self.client.get_run(run_id).data
             now = int(time.time() * 1000)
             self.send(
                 run_id,
-                [
-                    (k, float(v), now, step)
-                    for k, v in (metrics or {}).items()
-                    if data.metrics.get(k) != float(v)
-                ],
-                {k: str(v) for k, v in (params or {}).items() if k not in data.params},
+                [(k, v, now, step) for k, v in metrics.items() if data.metrics.get(k) != v],
+                {k: v for k, v in params.items() if k not in data.params},
                 {k: str(v) for k, v in (tags or {}).items() if data.tags.get(k) != str(v)},
             )
 
@@ -282,10 +291,10 @@ class Tracker:
             remembered = json.loads(marks_path.read_text()) if marks_path.is_file() else {}
             marks: dict[str, int] = remembered.setdefault(f"{self.uri} {run_id}", {})
             points = [
-                (name, value, int(entry.time * 1000), entry.step)
+                (named(name), value, int(entry.time * 1000), entry.step)
                 for entry in entries
                 for name, value in entry.metrics.items()
-                if ask or entry.step > marks.get(name, -1)
+                if ask or entry.step > marks.get(named(name), -1)
             ]
             if ask:
                 there = {
@@ -336,13 +345,13 @@ class Tracker:
 
     def children(self, parent: str) -> list[Run]:
         """The runs below `parent`, oldest first."""
-        return self._found(f"tags.`{PARENT}` = '{parent}'")
+        return self._all(f"tags.`{PARENT}` = '{parent}'")
 
     def running(self) -> list[Run]:
-        """The runs that have not ended, as far as MLflow knows."""
-        return self._found("attributes.status = 'RUNNING'")
+        """The runs of the store that have not ended, as far as MLflow knows."""
+        return self._all(f"attributes.status = 'RUNNING' and tags.`{STORE}` = '{self.store}'")
 
-    def _found(self, wanted: str) -> list[Run]:
+    def _all(self, wanted: str) -> list[Run]:
         with reaching(self.uri):
             runs: list[Run] = []
             token: str | None = None
@@ -399,6 +408,11 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
         else:
             flat[f"{prefix}{key}"] = plain(value)
     return flat
+
+
+def named(text: str) -> str:
+    """A metric's or param's name as MLflow takes it: letters of any script, digits and `_ - . / `; else `_`."""
+    return re.sub(r"[^\w/. -]", "_", text)[:MAX_NAME]
 
 
 def plain(value: Any) -> str:

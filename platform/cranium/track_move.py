@@ -60,9 +60,10 @@ def _runs(old: Any, experiment_id: str) -> Iterator[Any]:
 def _moved(old: Any, tracker: track.Tracker, run: Any, ids: dict[str, str]) -> tuple[str, bool]:
     """The run's id in the new store, and whether anything of it had to be sent."""
     info, data, new = run.info, run.data, tracker.client
-    found = _found(tracker, MOVED, info.run_id)
+    found = tracker.found({MOVED: info.run_id})
     if found is None and track.KEY in data.tags:  # its journal may have been sent there already
-        found = _found(tracker, track.KEY, data.tags[track.KEY])
+        own = {name: data.tags[name] for name in (track.KEY, track.STORE) if name in data.tags}
+        found = tracker.found(own)
     if found is not None and WHOLE in found.data.tags:
         return str(found.info.run_id), False
     tags = {**data.tags, MOVED: info.run_id}
@@ -87,8 +88,3 @@ def _moved(old: Any, tracker: track.Tracker, run: Any, ids: dict[str, str]) -> t
         new.set_terminated(run_id, info.status, info.end_time)
     new.set_tag(run_id, WHOLE, "true")
     return run_id, True
-
-
-def _found(tracker: track.Tracker, tag: str, value: str) -> Any:
-    found = tracker.client.search_runs([tracker.experiment_id], f"tags.`{tag}` = '{value}'", max_results=1)
-    return found[0] if found else None
