@@ -72,7 +72,7 @@ class Command:
             return everything
         return [one for one in everything if _is(one, target)]
 
-    def kill(self, target: str, draw: random.Random, patience: float = 60) -> str | None:
+    def kill(self, target: str, draw: random.Random, patience: float = 240) -> str | None:
         """SIGKILL to one of the target, as soon as there is one; its name, or None where the command ended before."""
         deadline = time.monotonic() + patience
         while self.ended is None and time.monotonic() < deadline:
