@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
 
-from cranium import shardset
+from cranium import shardset, store
 from cranium.config import UserError
 from cranium.store import Artefact
 from cranium.volume import labels, nifti, shard, slices
@@ -132,11 +133,10 @@ def _blank(shape: Sequence[int]) -> NDArray[np.uint8]:
 
 
 def write(path: Path, classes: NDArray[np.uint8], affine: Affine, words: str) -> None:
-    """A label map [I, J, K] as NIfTI, `affine` in both of its headers; `words` (80 bytes at most) in `descrip`."""
+    """A label map [I, J, K] as `.nii.gz`, `affine` in both of its headers; `words` (80 bytes at most) in `descrip`."""
     image = nib.Nifti1Image(np.ascontiguousarray(classes), affine)
     image.set_qform(affine, 1)
     image.set_sform(affine, 1)
     image.header.set_xyzt_units("mm")
     image.header["descrip"] = words.encode()[:79]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    nib.save(image, path)
+    store.write_atomic(path, gzip.compress(image.to_bytes(), compresslevel=1, mtime=0))  # the same bytes every time
