@@ -12,10 +12,11 @@ import re
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from sklearn.metrics import roc_auc_score
+from sklearn.metrics import average_precision_score, brier_score_loss, roc_auc_score
 
 from cranium import report
 from cranium.config import UserError
@@ -65,6 +66,56 @@ def test_every_figure_says_where_it_comes_from_and_has_its_table(text: str) -> N
     assert all(SOURCE in f and re.search(r"Figure \d+\.", f) for f in figures)
     assert sum("<table>" in f for f in figures) == 9  # the example stacks show no number
     assert all('role="img"' in f for f in figures)
+
+
+def test_other_measures_and_thresholds_are_those_of_the_kept_predictions(tmp_path: Path) -> None:
+    made = cells(tmp_path, {"random": 1.0, "scratch": 2.0}, fractions=(0.5, 1.0))
+    page = report.write("demo", inputs(tmp_path, cells=made), tmp_path / "page.html").read_text()
+    of_init, away = dict[str, list[tuple[np.ndarray, np.ndarray]]](), dict[str, list[list[float]]]()
+    for folder in made:
+        if "linear-subject-1-" in folder.name:
+            rows = pd.read_parquet(folder / "predictions.parquet")
+            home, other = (
+                (side["label"].to_numpy(), side["prob_lesion"].to_numpy())
+                for side in (rows[rows["role"] == "test"], rows[rows["role"] != "test"])
+            )
+            init = folder.name.split("-")[1]
+            of_init.setdefault(init, []).append(home)
+            ranked = np.sort(home[1][home[0] == 0])[::-1]
+            at = min(s for s in home[1] if (ranked >= s).mean() <= 0.1)
+            called = other[1] >= at
+            away.setdefault(init, []).append([called[other[0] == 1].mean(), 1 - called[other[0] == 0].mean()])
+    measures, thresholds = tables_of(page, "measures")
+    for init, folds in of_init.items():
+        (row,) = [row for row in measures if row["init"] == init]
+        for name, measure in (("AUPR", average_precision_score), ("Brier", brier_score_loss)):
+            assert row[name].startswith(f"{np.mean([measure(y, p) for y, p in folds]):.2f}\u00a0(")
+        (row,) = [row for row in thresholds if row["init"] == init]
+        shown = [float(row[name]) for name in ("sensitivity", "specificity")]
+        assert shown == pytest.approx(np.mean(away[init], axis=0), abs=6e-4)
+
+
+def test_initialisations_are_compared_by_ensembles_on_other_cohorts(text: str) -> None:
+    tables = [table for table in tables_of(text, "external") if "DeLong, p" in table[0]]
+    assert len(tables) == 2  # by scheme
+    for table in tables:
+        assert [row["difference"].split(" minus ") for row in table] == [
+            ["scratch", "random"],
+            ["covariates", "random"],
+            ["covariates", "scratch"],
+        ]
+        assert all(
+            float(row["a minus b"])
+            == pytest.approx(float(row["AUROC of a"]) - float(row["AUROC of b"]), abs=1e-6)
+            for row in table
+        )
+
+
+def tables_of(page: str, section: str) -> list[list[dict[str, str]]]:
+    """The tables of a section, as they are downloaded."""
+    (found,) = re.findall(rf'<section id="{section}">.*?</section>', page, re.S)
+    texts = [base64.b64decode(part).decode() for part in re.findall(r"base64,([A-Za-z0-9+/=]+)", found)]
+    return [list(csv.DictReader(io.StringIO(text))) for text in texts]
 
 
 def test_means_are_recomputed_from_the_predictions(tmp_path: Path) -> None:
@@ -185,9 +236,7 @@ def test_missing_contrasts_are_one_table_computed_from_the_kept_predictions(tmp_
     subsets = [("T1w", "T2w"), ("FLAIR",)]
     made = cells(tmp_path, {"random": 0.5, "scratch": 3.0}, fractions=(0.5, 1.0), subsets=subsets)
     page = report.write("demo", inputs(tmp_path / "rest", cells=made), tmp_path / "x.html").read_text()
-    section = re.search(r'<section id="contrasts">.*?</section>', page, re.S)[0]
-    texts = [base64.b64decode(part).decode() for part in re.findall(r"base64,([A-Za-z0-9+/=]+)", section)]
-    tables = [list(csv.DictReader(io.StringIO(text))) for text in texts]
+    tables = tables_of(page, "contrasts")
     wide, long = dict(zip(("test", "demo_external"), tables[:2], strict=True)), tables[2]
     assert [(r["T1w"], r["T2w"], r["FLAIR"]) for r in wide["test"]] == [
         ("yes", "yes", "yes"),
@@ -229,11 +278,7 @@ def test_kinds_of_stack_are_one_figure_and_paired_differences(tmp_path: Path) ->
     }
     given = inputs(tmp_path / "rest", cells=[f for some in made.values() for f in some])
     page = report.write("demo", given, tmp_path / "x.html").read_text()
-    section = re.search(r'<section id="stacks">.*?</section>', page, re.S)[0]
-    tables = [
-        list(csv.DictReader(io.StringIO(base64.b64decode(part).decode())))
-        for part in re.findall(r"base64,([A-Za-z0-9+/=]+)", section)
-    ]
+    tables = tables_of(page, "stacks")
     (means,) = (t for t in tables if "mean AUROC" in t[0])
     (pairs,) = (t for t in tables if "difference" in t[0])
 

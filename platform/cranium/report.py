@@ -19,6 +19,8 @@ import pandas as pd
 from cranium import (
     report_adaptations,
     report_contrasts,
+    report_external,
+    report_measures,
     report_search,
     report_segmentation,
     report_stacks,
@@ -29,7 +31,7 @@ from cranium.config import UserError
 from cranium.figures import corpus, page, plots, training
 from cranium.figures.page import Link, Plate, Section, Table
 from cranium.reading import share
-from cranium.tasks import comparison
+from cranium.tasks import comparison, ensembles
 from cranium.tasks.comparison import TEST, Cell, Comparison, Point, Setting, Shown
 from cranium.tasks.metrics import Undefined, auroc
 from cranium.tasks.statistics import Fold, Interval
@@ -118,6 +120,7 @@ def write(exp_name: str, inputs: ReportInputs, out: Path) -> Path:
     on_maps, said = ([], []) if maps is None else report_segmentation.sections(maps, ui, inputs.bootstrap)
     sections = [
         *(_results(found, pairs, inputs) if found else []),
+        *(report_measures.section(found, _settings(found), inputs.bootstrap) if found else []),
         *report_adaptations.section(found, inputs.bootstrap),
         *report_stacks.section(found, kinds),
         *report_contrasts.section(cells, inputs.bootstrap),
@@ -501,7 +504,9 @@ def _results(found: Sequence[Point], pairs: Sequence[Comparison], inputs: Report
     if few:
         sections.append(Section("labels", "Few labels", (FRACTIONS,), tuple(few)))
     if outside:
-        sections.append(Section("external", "External cohorts", (OUTSIDE,), tuple(outside)))
+        tables = report_external.tables(ensembles.pairs(found), settings)
+        told = (OUTSIDE, *([report_external.READ] if tables else []))
+        sections.append(Section("external", "External cohorts", told, tuple(outside), (), tables))
     held = tuple(tuple(table for table in some if table.rows) for some in (tests, smaller))
     sections.append(Section("tests", "Comparisons", text, (), *held))
     return sections

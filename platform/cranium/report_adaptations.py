@@ -1,16 +1,14 @@
-"""The part of a report that asks how a backbone is best used: initialisation against adaptation, and calibration."""
+"""The part of a report that asks how a backbone is best used: initialisation against adaptation."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from cranium import wording
 from cranium.figures.page import Section, Table
 from cranium.tasks import comparison
 from cranium.tasks.comparison import REFERENCES, TEST, Comparison, Point
-from cranium.tasks.metrics import Undefined, brier, ece
+from cranium.tasks.metrics import Undefined
 from cranium.tasks.statistics import Interval
 
 
@@ -26,7 +24,7 @@ def section(found: Sequence[Point], resamples: int) -> list[Section]:
         full = max(p.label_fraction for p in ours)
         ours = [p for p in ours if p.label_fraction == full]
         where = wording.setting(task, {p.setting._replace(adaptation="") for p in top})
-        tables += [_crossed(ours, where), _calibration(ours, where)]
+        tables.append(_crossed(ours, where))
         mine = [p for p in pairs if p.setting._replace(adaptation="") == task]
         smaller.append(_between(mine, f"One adaptation against another: {where}"))
     text = (
@@ -34,9 +32,6 @@ def section(found: Sequence[Point], resamples: int) -> list[Section]:
         "Read down a column to compare initialisations, along a row to compare adaptations. Rows without a "
         "backbone have one value. Every cell of a row was learnt from the same labelled subjects; where an epoch is "
         "selected, the subjects that select it are a part of them.",
-        "Calibration is of the probabilities as they come: ECE by 15 equal bins of the top class, Brier score; means "
-        "over folds, lower is better. Networks are trained with label smoothing and, unless declared otherwise, "
-        "weights that balance the classes: both move probabilities away from the shares that are observed.",
     )
     return [Section("adaptations", "Adaptations", text, (), tuple(tables), tuple(smaller))]
 
@@ -59,26 +54,6 @@ def _crossed(ours: Sequence[Point], where: str) -> Table:
 def _value(point: Point) -> str:
     mean = "undefined" if point.mean is None else f"{point.mean:.2f}"
     return f"{mean} ({wording.interval(point.interval)})".replace(" ", wording.NO_BREAK)
-
-
-def _calibration(ours: Sequence[Point], where: str) -> Table:
-    rows: list[tuple[object, ...]] = []
-    shown = set()
-    for p in sorted(ours, key=lambda p: (comparison.rank(p.init), comparison.way(p))):
-        if p.init in REFERENCES and p.init in shown:
-            continue
-        shown.add(p.init)
-        way = "" if p.init in REFERENCES else p.setting.adaptation
-        folds = [cell.tests[TEST] for cell in p.cells]
-        rows.append(
-            (p.init, way, *(_mean([score(f.labels, f.probs) for f in folds]) for score in (ece, brier)))
-        )
-    return Table(("init", "adaptation", "ECE", "Brier"), tuple(rows), f"Calibration: {where}")
-
-
-def _mean(values: Sequence[float | Undefined]) -> float | str:
-    known = [value for value in values if not isinstance(value, Undefined)]
-    return float(np.mean(known)) if len(known) == len(values) else "undefined in a fold"
 
 
 def _between(pairs: Sequence[Comparison], name: str) -> Table:

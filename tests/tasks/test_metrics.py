@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn import metrics as sk
 
-from cranium.tasks import metrics
+from cranium.tasks import metrics, weighted
 from cranium.tasks.metrics import Undefined
 
 
@@ -55,11 +55,13 @@ def test_against_scikit_learn(seed: int, n: int, k: int, ties: bool) -> None:
 
 @settings(max_examples=30, deadline=None)
 @cases
-def test_weighted_auroc_is_the_auroc_of_the_repeated_rows(seed: int, n: int, k: int, ties: bool) -> None:
+def test_weighted_metrics_are_those_of_the_repeated_rows(seed: int, n: int, k: int, ties: bool) -> None:
     y, p = sample(seed, n, k, ties)
     weights = np.random.default_rng(seed).integers(0, 3, (6, n)).astype(float)
-    fast, slow = metrics.weighted_auroc(y, p, weights), metrics.by_resample(metrics.auroc)(y, p, weights)
-    np.testing.assert_allclose(fast, slow, atol=1e-12, equal_nan=True)
+    weights[0] *= y != 0  # a resample without one of the classes
+    for name in metrics.classification_metrics(y, p):
+        fast, slow = getattr(weighted, name), weighted.by_resample(getattr(metrics, name))
+        np.testing.assert_allclose(fast(y, p, weights), slow(y, p, weights), atol=1e-12, err_msg=name)
 
 
 def test_ece_against_a_slow_loop_and_a_closed_form() -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from cranium.tasks import metrics, statistics
+from cranium.tasks import metrics, statistics, weighted
 from cranium.tasks.metrics import Undefined
 from cranium.tasks.statistics import Fold, Test, Wilcoxon, paired_t_test
 
@@ -66,7 +66,7 @@ def test_leaving_one_head_out_resamples_the_heads() -> None:
         heads.append(Fold(f.labels, f.probs, [f"head-{k}"] * 30))
     got = statistics.bootstrap_interval(heads, resamples=4000)
     assert isinstance(got, statistics.Interval) and not got.by_fold and got.num_groups == 3
-    values = [float(metrics.weighted_auroc(f.labels, f.probs, np.ones((1, 30)))[0]) for f in heads]
+    values = [float(weighted.auroc(f.labels, f.probs, np.ones((1, 30)))[0]) for f in heads]
     means = sorted(np.mean(draw) for draw in product(values, repeat=3))
     assert got.low == pytest.approx(means[0], abs=1e-9) and got.high == pytest.approx(means[-1], abs=1e-9)
     alone = statistics.bootstrap_interval(heads[:1])

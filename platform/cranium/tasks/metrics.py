@@ -21,9 +21,11 @@ class Undefined:
 
 
 Value = float | Undefined
+SPECIFICITY = 0.9  # at which sensitivity is told
+BINS = 15  # of confidence, for calibration
 
 
-def _checked(labels: ArrayLike, probs: ArrayLike) -> tuple[Ints, Floats]:
+def checked(labels: ArrayLike, probs: ArrayLike) -> tuple[Ints, Floats]:
     """labels [n] and class scores [n, k]; a vector of binary scores p becomes the columns 1 - p, p."""
     y, p = np.asarray(labels), np.asarray(probs, dtype=np.float64)
     if p.ndim == 1:
@@ -49,7 +51,7 @@ def _one_vs_rest(
     labels: ArrayLike, probs: ArrayLike, score: Callable[[NDArray[np.bool_], Floats], float]
 ) -> Value:
     """Binary: the score of class 1. More classes: the plain mean over classes, each against the rest."""
-    y, p = _checked(labels, probs)
+    y, p = checked(labels, probs)
     absent = _absent(y, p.shape[1])
     if absent:
         return absent
@@ -83,7 +85,7 @@ def aupr(labels: ArrayLike, probs: ArrayLike) -> Value:
     return _one_vs_rest(labels, probs, average_precision)
 
 
-def _most_probable(probs: Floats) -> Ints:
+def most_probable(probs: Floats) -> Ints:
     """The class [n] of `probs` [n, k]. A binary tie at 0.5 goes to class 1, as with the threshold p >= 0.5."""
     guess: Ints = (probs[:, 1] >= probs[:, 0]).astype(np.int64) if probs.shape[1] == 2 else probs.argmax(1)
     return guess
@@ -91,28 +93,25 @@ def _most_probable(probs: Floats) -> Ints:
 
 def balanced_accuracy(labels: ArrayLike, probs: ArrayLike) -> Value:
     """Mean over classes of the recall of the most probable class. Undefined when a class is absent."""
-    y, p = _checked(labels, probs)
+    y, p = checked(labels, probs)
     absent = _absent(y, p.shape[1])
     if absent:
         return absent
-    guess = _most_probable(p)
+    guess = most_probable(p)
     return float(np.mean([(guess[y == k] == k).mean() for k in range(p.shape[1])]))
 
 
 def f1(labels: ArrayLike, probs: ArrayLike) -> Value:
     """2 TP / (2 TP + FP + FN) of the most probable class: of class 1, or the plain mean over more than two classes."""
-    y, p = _checked(labels, probs)
+    y, p = checked(labels, probs)
     absent = _absent(y, p.shape[1])
     if absent:
         return absent
-    guess = _most_probable(p)
+    guess = most_probable(p)
     found = [1] if p.shape[1] == 2 else range(p.shape[1])
     return float(
         np.mean([2 * ((guess == k) & (y == k)).sum() / ((guess == k).sum() + (y == k).sum()) for k in found])
     )
-
-
-SPECIFICITY = 0.9  # at which sensitivity is told
 
 
 def thresholds(labels: ArrayLike, probs: ArrayLike, specificity: float = SPECIFICITY) -> Floats | Undefined:
@@ -120,7 +119,7 @@ def thresholds(labels: ArrayLike, probs: ArrayLike, specificity: float = SPECIFI
 
     [1] or [k]; inf where no score is so selective.
     """
-    y, p = _checked(labels, probs)
+    y, p = checked(labels, probs)
     absent = _absent(y, p.shape[1])
     if absent:
         return absent
@@ -134,7 +133,7 @@ def thresholds(labels: ArrayLike, probs: ArrayLike, specificity: float = SPECIFI
 
 def at_thresholds(labels: ArrayLike, probs: ArrayLike, at: Floats) -> tuple[Value, Value]:
     """Sensitivity and specificity of score >= threshold; plain means over the classes of `at` (of `thresholds`)."""
-    y, p = _checked(labels, probs)
+    y, p = checked(labels, probs)
     absent = _absent(y, p.shape[1])
     if absent:
         return absent, absent
@@ -152,7 +151,7 @@ def sensitivity_at_90(labels: ArrayLike, probs: ArrayLike) -> Value:
 
 def brier(labels: ArrayLike, probs: ArrayLike) -> Value:
     """Mean squared error of probabilities: binary (p1 - y)^2 in 0..1, else summed over classes in 0..2."""
-    y, p = _checked(labels, probs)
+    y, p = checked(labels, probs)
     if not len(y):
         return Undefined("no subjects")
     if p.shape[1] == 2:
@@ -160,14 +159,14 @@ def brier(labels: ArrayLike, probs: ArrayLike) -> Value:
     return float(np.mean(np.sum((p - np.eye(p.shape[1])[y]) ** 2, axis=1)))
 
 
-def ece(labels: ArrayLike, probs: ArrayLike, bins: int = 15) -> Value:
+def ece(labels: ArrayLike, probs: ArrayLike) -> Value:
     """Expected calibration error of the top class over equal-width bins (Guo et al. 2017, equation 3)."""
-    y, p = _checked(labels, probs)
+    y, p = checked(labels, probs)
     if not len(y):
         return Undefined("no subjects")
     confidence, correct = p.max(axis=1), p.argmax(axis=1) == y
-    place = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)  # bins are (low, high]
-    gap = np.bincount(place, confidence, bins) - np.bincount(place, correct, bins)
+    place = np.clip(np.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1)  # bins are (low, high]
+    gap = np.bincount(place, confidence, BINS) - np.bincount(place, correct, BINS)
     return float(np.abs(gap).sum() / len(y))
 
 
@@ -175,38 +174,6 @@ def classification_metrics(labels: ArrayLike, probs: ArrayLike) -> dict[str, Val
     """All of the above by name, for one test set."""
     scores = (auroc, aupr, balanced_accuracy, f1, sensitivity_at_90, brier, ece)
     return {score.__name__: score(labels, probs) for score in scores}
-
-
-def weighted_auroc(labels: ArrayLike, probs: ArrayLike, weights: Floats) -> Floats:
-    """AUROC of many resamples at once: weights [r, n] (how often each subject was drawn) -> [r].
-
-    AUROC = w+' S w- / (sum w+ . sum w-) with S[i, j] = 1, 1/2, 0 as positive i scores above, at, below
-    negative j. NaN marks a resample without one of the classes; the bootstrap drops and counts it.
-    """
-    y, p = _checked(labels, probs)
-    positives = [1] if p.shape[1] == 2 else list(range(p.shape[1]))
-    total = np.zeros(len(weights))
-    for k in positives:
-        own, rest = y == k, y != k
-        order = (np.sign(p[own, k][:, None] - p[rest, k][None, :]) + 1) / 2
-        inside, outside = weights[:, own], weights[:, rest]
-        pairs = inside.sum(axis=1) * outside.sum(axis=1)
-        wins = np.einsum("rn,rn->r", inside @ order, outside)
-        total += np.divide(wins, pairs, out=np.full(len(weights), np.nan), where=pairs > 0)
-    return total / len(positives)
-
-
-def by_resample(
-    metric: Callable[[ArrayLike, ArrayLike], Value],
-) -> Callable[[ArrayLike, ArrayLike, Floats], Floats]:
-    """Any metric above in the shape of `weighted_auroc`, by repeating rows (slower)."""
-
-    def resampled(labels: ArrayLike, probs: ArrayLike, weights: Floats) -> Floats:
-        y, p = _checked(labels, probs)
-        values = [metric(np.repeat(y, w), np.repeat(p, w, axis=0)) for w in weights.astype(np.int64)]
-        return np.array([np.nan if isinstance(value, Undefined) else value for value in values])
-
-    return resampled
 
 
 def _masks(truth: ArrayLike, prediction: ArrayLike) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:

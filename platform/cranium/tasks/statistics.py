@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import optimize, stats
 
-from .metrics import Floats, Undefined, Value, weighted_auroc
+from . import weighted
+from .metrics import Floats, Undefined, Value
 
 Metric = Callable[[ArrayLike, ArrayLike, Floats], Floats]
 MIN_PAIRS = 6  # with 5 the smallest two-sided p of a signed-rank test is 1/16
@@ -82,7 +83,7 @@ class DeLong:
 
 def bootstrap_interval(
     folds: Sequence[Fold],
-    metric: Metric = weighted_auroc,
+    metric: Metric = weighted.auroc,
     resamples: int = 2000,
     level: float = 0.95,
     seed: int = 0,
@@ -102,7 +103,7 @@ def bootstrap_interval(
 def bootstrap_difference(
     a: Sequence[Fold],
     b: Sequence[Fold],
-    metric: Metric = weighted_auroc,
+    metric: Metric = weighted.auroc,
     resamples: int = 2000,
     level: float = 0.95,
     seed: int = 0,
