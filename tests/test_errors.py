@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from ray.exceptions import ObjectStoreFullError, OutOfMemoryError
+from ray.exceptions import ObjectStoreFullError, OutOfMemoryError, RayTaskError
 from ray.train import WorkerGroupError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
@@ -21,10 +21,10 @@ from cranium.config import Experiment, UserError
 EXPERIMENT = Experiment.model_validate(
     {
         "name": "small",
-        "ingest": {"cohorts": ["ssl"]},
+        "ingest": {"cohorts": ["ssl"], "compute": {"num_workers": 3}},
         "pretrain": {"cohorts": ["ssl"], "inits": ["scratch"]},
         "adapt": {"tasks": [phantoms.LESION | {"cohort": "ssl"}]},
-        "sweep": {"init": ["scratch"]},
+        "sweep": {"init": ["scratch"], "compute": {"num_workers": 2}},
     }
 )
 # As Ray 2.60 said it on a machine that was asked to keep 2 % of its memory.
@@ -61,6 +61,29 @@ def test_a_worker_that_ray_ended_is_found_behind_all_of_trains_wrapping() -> Non
     )
 
 
+def test_what_ray_quotes_of_an_error_is_not_said_for_it() -> None:
+    """The text of a wrapping has the words of what it wraps, and a traceback before them."""
+    inner = MemoryError("Unable to allocate 71.1 PiB for an array")
+    task = RayTaskError("_pack", "Traceback ...\nUnable to allocate", inner).as_instanceof_cause()
+    group = WorkerGroupError("can't allocate memory ... No space left on device", {0: task})
+    assert errors.out_of_memory(group) == ("host", "Unable to allocate 71.1 PiB for an array")
+    assert errors.mendable(group) is None
+    full = OSError(errno.ENOSPC, "No space left on device", "/store/x")
+    task = RayTaskError("_pack", "No space left on device", full).as_instanceof_cause()
+    assert "(/store/x)" in str(errors.mendable(task))
+
+
+@pytest.mark.parametrize(
+    ("error", "where"),
+    [
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), "host"),  # of fork and mmap
+        (RuntimeError("CUDA error: out of memory\nCompile with ..."), "device"),  # of the driver
+    ],
+)
+def test_memory_that_runs_out_elsewhere(error: Exception, where: str) -> None:
+    assert (errors.out_of_memory(error) or [""])[0] == where
+
+
 def test_a_device_and_the_object_store_are_told_apart() -> None:
     device = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
     assert errors.out_of_memory(WorkerGroupError("errors", {0: device})) == (
@@ -82,9 +105,10 @@ def test_nothing_else_is_called_memory(other: Exception) -> None:
     [
         ("pretrain", "device", r"pretrain\.accumulate \(now 1\)"),
         ("pretrain", "host", r"pretrain\.compute\.prefetch_batches \(now 2\)"),
-        ("ingest", "host", r"lower ingest\.compute\.num_workers \(now 1\)"),
+        ("ingest", "host", r"lower ingest\.compute\.num_workers \(now 3\)"),
         ("embed", "device", r"lower embed\.batch_size \(now 64\)"),
-        ("sweep", "host", r"lower sweep\.compute\.num_workers \(now 1\)"),
+        ("sweep", "host", r"lower sweep\.compute\.num_workers \(now 2\)"),
+        ("embed", "host", r"give it more memory \(embed\.compute\.num_workers is 1 already\)"),
         ("sweep", "device", r"adapt\.finetune\.batch_size"),
         ("pretrain", "objects", r"--object-store-memory"),
     ],

@@ -140,6 +140,8 @@ def test_a_run_whose_process_was_killed_is_said_to_be_by_the_next_command(
     hour_ago = time.time() - 3600
     for path in (root / "pretrain" / "dead" / "journal", root / "pretrain" / "dead"):
         os.utime(path, (hour_ago, hour_ago))
+    (root.parent / "etc").mkdir()
+    (root / "sweep").mkdir()
     tracker.run("sweep/../../etc", "not ours", {})
 
     def status() -> dict[str, str]:
@@ -153,6 +155,21 @@ def test_a_run_whose_process_was_killed_is_said_to_be_by_the_next_command(
     assert "gone" in dead.data.tags["killed"] and abs(dead.info.end_time / 1000 - hour_ago) < 1
     assert tracker.run("pretrain/dead", "dead", {}) == dead.info.run_id  # taken up again
     assert status()["dead"] == "RUNNING"
+    assert "killed" not in tracker.client.get_run(dead.info.run_id).data.tags
+
+
+def test_a_killed_sweep_was_alive_when_it_was_last_heard_of(study: Study, grid: sweep.Grid) -> None:
+    """Its own folder is not written to while cells are."""
+    grid.artefact.path.mkdir(parents=True)
+    finish(grid.works[0])
+    recording._send_cells(study, grid, {})
+    day_ago = time.time() - 86400
+    os.utime(grid.artefact.path, (day_ago, day_ago))
+    again = Study(study.exp, study.machine, {}, Console(quiet=True))
+    recording._tracker(again)
+    tracker = track.Tracker(study.machine.tracking, study.exp.name)
+    (run,) = tracker.client.search_runs([tracker.experiment_id], "tags.stage = 'sweep'")
+    assert run.info.status == "KILLED" and run.info.end_time >= run.info.start_time
 
 
 def test_two_stores_with_one_server_have_runs_of_their_own(

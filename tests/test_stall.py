@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
 import threading
 import time
 from dataclasses import asdict, replace
@@ -93,6 +95,46 @@ def test_what_a_crash_left_is_no_stall(clock: Clock) -> None:
     clock.alive = False  # both died; the new ones wait for a node, for an hour
     clock.after(3600)
     assert clock.ended == [] and clock.watch.said == ""
+
+
+def test_nobody_is_blamed_for_a_pause_of_all(clock: Clock) -> None:
+    """As of a container, or of a disk that blocks every one of them."""
+    clock.after(50, beat(0, 5), beat(1, 5))
+    clock.now += 3600
+    clock.after(LIMIT - 5, beat(0, 5), beat(1, 5))
+    assert clock.ended == []
+    clock.after(LIMIT + 20, beat(0, 5), beat(1, 4))
+    assert clock.ended == [1]
+
+
+def test_what_was_said_is_over_once_the_run_is_beyond_it(clock: Clock) -> None:
+    """Else the next error of any kind, days later, were called a stall."""
+    clock.after(LIMIT + 20, beat(0, 9), beat(1, 8))
+    again = [replace(beat(rank, 1), pid=200 + rank, step=2) for rank in (0, 1)]  # from its checkpoint
+    clock.after(50, *again)
+    assert "holds the others up" in clock.watch.said
+    clock.after(10, *[replace(one, moves=7, step=4) for one in again])
+    assert clock.watch.said == ""
+
+
+def test_a_beat_that_cannot_be_read_is_none(clock: Clock) -> None:
+    clock.after(10, beat(0))
+    (clock.run / stall.BEATS / "1.json").write_text("{")
+    (clock.run / stall.BEATS / "2.json").mkdir()
+    clock.after(10, beat(0))
+    assert clock.ended == [] and list(clock.watch._beats()) == [0]
+
+
+def test_only_the_process_that_beat_is_ended() -> None:
+    """Not another that has its number by now."""
+    process = subprocess.Popen(["sleep", "60"])
+    try:
+        born = stall._born(process.pid)
+        assert not stall._kill(process.pid, born + 1) and process.poll() is None
+        assert stall._kill(process.pid, born) and process.wait(10) == -signal.SIGKILL
+        assert not stall._kill(process.pid, born)
+    finally:
+        process.kill()
 
 
 def test_a_worker_says_where_it_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -216,12 +216,17 @@ def test_odd_names_long_values_and_what_is_no_number_are_taken(tmp_path: Path, m
     for _ in range(2):
         tracker.log(run, {"cells (all)": 4.0}, params={"note": "y" * 10_000, "by <site>": "z"})
     data = tracker.client.get_run(run).data
-    name = "monitor/linear_diagnosis _1_AD__ é_50_" + "x" * 300
-    assert [p.value for p in tracker.client.get_metric_history(run, name[:250])] == [0.5] * 3
+    name = track.named(odd)
+    assert name.startswith("monitor/linear_diagnosis _1_AD__ é_50_xxx") and len(name) == 250
+    assert [p.value for p in tracker.client.get_metric_history(run, name)] == [0.5] * 3
     losses = [point.value for point in tracker.client.get_metric_history(run, "train/loss")]
     assert losses[0] == 1 and math.isnan(losses[1]) and losses[2] > 1e300
-    assert data.params == {"note": "y" * 6000, "by _site_": "z"}
-    assert len(tracker.client.get_metric_history(run, "cells _all_")) == 1
+    assert data.params == {"note": "y" * 6000, track.named("by <site>"): "z"}
+    assert len(tracker.client.get_metric_history(run, track.named("cells (all)"))) == 1
+    clash = ["a (1)", "a [1]", "/a", "a//b", "a/b/", "..", "a/../b", ".", ""]
+    tracker.log(run, {name: float(number) for number, name in enumerate(clash)})
+    found = tracker.client.get_run(run).data.metrics
+    assert [found[track.named(name)] for name in clash] == [float(number) for number in range(len(clash))]
 
 
 def test_mlflow_down_fails_within_seconds() -> None:

@@ -104,7 +104,8 @@ def _many(tracker: track.Tracker, runs: int, say: Callable[[str], None]) -> list
                 begun = time.perf_counter()
         for turn in range(20):
             begun = time.perf_counter()
-            tracker.run(f"cell-{(turn * 7919) % count}", "again", {})
+            wanted = (turn * 7919) % count
+            tracker.run(f"cell-{wanted}", f"cell {wanted}", {})
             by_key.wall.append(time.perf_counter() - begun)
             begun = time.perf_counter()
             tracker.client.search_runs(

@@ -20,8 +20,16 @@ LARGEST = re.compile(r"\(Task: .*?task name=([^,]+),.*?actual memory used=([\d.]
 Where = Literal["host", "device", "objects"]
 
 
+def _wrapped(error: BaseException) -> list[BaseException]:
+    """What Ray has put into an error of its own, whose text quotes it."""
+    names = ("cause", "health_check_failure", "controller_failure")
+    every = [getattr(error, name, None) for name in names]
+    every += list((getattr(error, "worker_failures", None) or {}).values())
+    return [one for one in every if isinstance(one, BaseException)]
+
+
 def behind(error: BaseException) -> Iterator[BaseException]:
-    """An error, and all that it wraps or came of."""
+    """An error and all that it came of, without those that only wrap another."""
     seen: set[int] = set()
     waiting: list[BaseException | None] = [error]
     while waiting:
@@ -29,21 +37,17 @@ def behind(error: BaseException) -> Iterator[BaseException]:
         if current is None or id(current) in seen:
             continue
         seen.add(id(current))
-        yield current
-        wrapped = [
-            getattr(current, name, None) for name in ("cause", "health_check_failure", "controller_failure")
-        ]
-        wrapped += list((getattr(current, "worker_failures", None) or {}).values())
-        waiting += [one for one in wrapped if isinstance(one, BaseException)]
-        waiting += [current.__cause__, current.__context__]
+        wrapped = _wrapped(current)
+        if not wrapped:
+            yield current
+        waiting += [*wrapped, current.__cause__, current.__context__]
 
 
 def mendable(error: BaseException) -> UserError | None:
-    """The error a user can mend: a `UserError` behind it that wraps no other, or that the disk is full."""
+    """The error a user can mend: a `UserError` behind it, or that the disk is full."""
     every = list(behind(error))
     for one in every:
-        # Ray's wrapping of one is a UserError too, with a traceback for its message.
-        if isinstance(one, UserError) and not isinstance(getattr(one, "cause", None), BaseException):
+        if isinstance(one, UserError):
             return one
     for one in every:
         # Also by its words: safetensors, pyarrow and Python each raise an error of their own.
@@ -60,18 +64,23 @@ def out_of_memory(error: BaseException) -> tuple[Where, str] | None:
     A process that the kernel killed for its memory cannot be told from one that was killed otherwise.
     """
     for one in behind(error):
-        name, text = type(one).__name__, str(one)
-        if name == KILLED and isinstance(one, RuntimeError):
-            return "device", text.strip().splitlines()[0]
+        name, text = type(one).__name__, str(one).strip()
+        first = next(iter(text.splitlines()), name)[:200]
+        if (name == KILLED and isinstance(one, RuntimeError)) or "CUDA error: out of memory" in text:
+            return "device", first
         if name == KILLED:
             used, largest = USED.search(text), LARGEST.search(text)
             of = f" ({used[1]})" if used else ""
             whom = f", {largest[1]} with {largest[2]}" if largest else ""
             return "host", f"a node ran low on memory{of} and Ray ended a worker{whom}"
         if name in STORE:
-            return "objects", text.strip().splitlines()[0]
-        if isinstance(one, MemoryError) or ALLOCATORS.search(text):
-            return "host", text.strip().splitlines()[0][:200] or name
+            return "objects", first
+        if (
+            isinstance(one, MemoryError)
+            or getattr(one, "errno", None) == errno.ENOMEM
+            or ALLOCATORS.search(text)
+        ):
+            return "host", first
     return None
 
 
@@ -86,23 +95,21 @@ def less_memory(exp: Experiment, stage: str, where: Where) -> str:
                 f"raise pretrain.compute.num_workers (now {spec.compute.num_workers}, a GPU each) or "
                 f"pretrain.accumulate (now {spec.accumulate}), or lower pretrain.batch_size (now {spec.batch_size})"
             )
-        return (
-            f"lower pretrain.compute.prefetch_batches (now {spec.compute.prefetch_batches}), or spread the "
-            f"{spec.compute.num_workers} workers over more nodes (pretrain.compute.cpus_per_worker, now "
-            f"{spec.compute.cpus_per_worker:g})"
-        )
+        spread = f"spread the {spec.compute.num_workers} workers over more nodes (pretrain.compute.cpus_per_worker, now"
+        fewer = _lower("pretrain.compute.prefetch_batches", spec.compute.prefetch_batches)
+        return f"{fewer}, or {spread} {spec.compute.cpus_per_worker:g})"
     if stage == "embed":
-        batch = f"lower embed.batch_size (now {exp.embed.batch_size})"
-        return batch if where == "device" else f"{batch} or {_fewer('embed', exp.embed.compute.num_workers)}"
+        batch = _lower("embed.batch_size", exp.embed.batch_size)
+        fewer = _lower("embed.compute.num_workers", exp.embed.compute.num_workers)
+        return batch if where == "device" else f"{batch}, or {fewer}"
     if stage == "sweep" and exp.sweep:
         compute = exp.sweep.compute
-        tuned = _fewer("sweep.compute.tuned", compute.tuned.num_workers)
+        tuned = _lower("sweep.compute.tuned.num_workers", compute.tuned.num_workers)
         if where == "device":
-            return f"lower adapt.finetune.batch_size or {tuned}"
-        return f"{_fewer('sweep', compute.num_workers)}, for cells that train a network {tuned}"
-    return _fewer("ingest", exp.ingest.compute.num_workers)
+            return f"lower adapt.finetune.batch_size, or {tuned}"
+        return f"{_lower('sweep.compute.num_workers', compute.num_workers)}; for cells that train a network, {tuned}"
+    return _lower("ingest.compute.num_workers", exp.ingest.compute.num_workers)
 
 
-def _fewer(stage: str, workers: int) -> str:
-    name = stage if "." in stage else f"{stage}.compute"
-    return f"lower {name}.num_workers (now {workers})"
+def _lower(setting: str, now: int) -> str:
+    return f"lower {setting} (now {now})" if now > 1 else f"give it more memory ({setting} is 1 already)"

@@ -38,7 +38,9 @@ def _tracker(study: Study) -> track.Tracker:
     whole = study.whole
     if whole.tracker is None:
         machine = study.machine
-        tracker = track.Tracker(machine.tracking, study.exp.name, store.identity(machine.store))
+        with track.reaching(machine.tracking):  # the store's name is a file
+            own = store.identity(machine.store)
+        tracker = track.Tracker(machine.tracking, study.exp.name, own)
         _reap(study, tracker)
         whole.tracker = tracker
     return whole.tracker
@@ -54,9 +56,17 @@ def _reap(study: Study, tracker: track.Tracker) -> None:
         made = Artefact(study.machine.store / stage / name)
         ours = stage in LOCKED and name == Path(name).name and made.path.is_dir()  # whatever a server says
         if ours and not made.done and not store.is_held(study.machine.store, made.id):
-            seen = max(path.stat().st_mtime for path in (made.path, *made.path.rglob("*")))
-            tracker.log(run.id, {}, {"killed": "its process was gone when the next command looked"})
-            tracker.finish(run.id, "KILLED", seen)
+            tracker.log(run.id, {}, {track.GONE: "its process was gone when the next command looked"})
+            tracker.finish(run.id, "KILLED", _last_sign(made.path, _mark(study, made).with_suffix(PART)))
+
+
+def _last_sign(folder: Path, sent: Path) -> float | None:
+    """When something was last written of a work, in seconds since the epoch: its own files, or what is sent of it."""
+    times = []
+    for path in (sent, folder, *folder.rglob("*")):
+        with contextlib.suppress(OSError):  # another command may be at it by now
+            times.append(path.stat().st_mtime)
+    return max(times, default=None)
 
 
 def _mark(study: Study, made: Artefact) -> Path:

@@ -24,10 +24,11 @@ MEASURES = {
 TEXT = (
     "Means over held-out folds at the largest label fraction, with 95 % intervals made as those of the AUROC. AUPR is "
     "average precision, whose chance is the share of the class; balanced accuracy and F1 are of the most probable "
-    "class; sensitivity is where the specificity is 90 %. Beyond two classes a measure is the plain mean over classes, "
-    "each against the rest. Lower is better for the Brier score and ECE (15 equal bins of the top class), which are of "
-    "the probabilities as they come: networks are trained with label smoothing and, unless declared otherwise, weights "
-    "that balance the classes, and both move probabilities away from the shares that are observed.",
+    "class; sensitivity is where the specificity is at least 90 %. Beyond two classes AUPR, F1 and sensitivity are "
+    "plain means over classes, each against the rest. Lower is better for the Brier score (beyond two summed over "
+    "classes, up to 2) and ECE (15 equal bins of the top class), which are of the probabilities as they come: "
+    "networks are trained with label smoothing and, unless declared otherwise, weights that balance the classes, and "
+    "both move probabilities away from the shares that are observed.",
 )
 FIXED = (
     "Thresholds are fixed at home: for each model the lowest at which its own held-out fold has 90 % specificity. On "

@@ -139,6 +139,5 @@ def write(path: Path, classes: NDArray[np.uint8], affine: Affine, words: str) ->
     image.set_sform(affine, 1)
     image.header.set_xyzt_units("mm")
     image.header["descrip"] = words.encode()[:79]
-    store.write_atomic(
-        path, gzip.compress(image.to_bytes(), compresslevel=1, mtime=0)
-    )  # the same bytes every time
+    # No time of day in it: the same bytes every time.
+    store.write_atomic(path, gzip.compress(image.to_bytes(), compresslevel=1, mtime=0))

@@ -27,7 +27,10 @@ from cranium.watch import repeatedly
 BEATS = "beats"  # below a run's folder: how far each worker is
 STACKS = "stalled"  # where the threads of those that stood still were, by worker
 MISSED = 4  # beats in a row: the process is stopped, or its host is
-WAITING = (os.path.join("torch", "distributed"), os.path.join("torch", "autograd"))  # for other workers
+# Where a worker waits for others: collectives, the backward pass, Ray's report of a checkpoint.
+WAITING = tuple(
+    os.path.join(*parts) for parts in (("torch", "distributed"), ("torch", "autograd"), ("ray", "train"))
+)
 
 
 @dataclass
@@ -50,12 +53,12 @@ class Beat:
     host: str
     node: str  # Ray's id of it
     pid: int
-    born: float  # of the process, as its host counts: a number that is given again is no longer this one
+    born: float  # when the process began, as its kernel counts: a number that is given again is another's
     count: int
     moves: int
     step: int
     doing: str
-    waits: bool  # it is in a collective, or in the backward pass, where gradients are exchanged
+    waits: bool  # it is where workers wait for each other
 
     def __str__(self) -> str:
         return f"worker {self.rank} (process {self.pid} on {self.host}; {self.doing}, step {self.step})"
@@ -75,7 +78,7 @@ def beating(run: Path, rank: int, limit: float, standing: Standing) -> Iterator[
     import ray
 
     path, works = run / BEATS / f"{rank}.json", threading.get_ident()
-    process = psutil.Process()
+    born = _born(os.getpid())
     node = str(ray.get_runtime_context().get_node_id())
     count, moves, since, unwritten = 0, -1, time.monotonic(), ""
 
@@ -84,15 +87,16 @@ def beating(run: Path, rank: int, limit: float, standing: Standing) -> Iterator[
         count += 1
         if standing.moves != moves:
             moves, since = standing.moves, time.monotonic()
-        elif time.monotonic() - since > limit:
-            since = float("inf")  # once is enough
-            _write_stacks(run / STACKS / f"worker-{rank}.txt")
+        still = time.monotonic() - since > limit
         told = Beat(
-            rank, os.uname().nodename, node, process.pid, process.create_time(), count, waits=_waits(works),
+            rank, os.uname().nodename, node, os.getpid(), born, count, waits=_waits(works),
             **asdict(standing),
         )  # fmt: skip
         try:
             _write(path, json.dumps(asdict(told)))
+            if still:
+                _write_stacks(run / STACKS / f"worker-{rank}.txt")
+                since = float("inf")  # once is enough
         except OSError as error:  # the training says what it lacks; without a beat it is none the worse
             if unwritten != str(error):
                 unwritten = str(error)
@@ -143,14 +147,21 @@ class Watch:
 
     run: Path
     limit: float
-    said: str = ""  # of the last one that was ended
+    said: str = ""  # of the last one that was ended, until the run is beyond where it stood
     _heard: dict[int, tuple[tuple[int, float, int], float]] = field(default_factory=dict)
     _moved: float = field(default_factory=time.monotonic)
+    _looked: float = field(default_factory=time.monotonic)
     _places: list[tuple[int, float, int]] = field(default_factory=list)
+    _stood: int = 0  # the step of it
 
     def look(self) -> None:
         """End whoever holds the others up, once nobody has moved for the limit and a little more."""
-        beats, now = self._beats(), time.monotonic()
+        beats, now, every = self._beats(), time.monotonic(), period(self.limit)
+        if now - self._looked > 10 * every:  # all of us were paused, or the disk was: nobody is to blame
+            self._moved = now
+            self._heard.clear()
+        if any(beat.step > self._stood for beat in beats.values()):
+            self.said = ""
         places = [(beat.pid, beat.born, beat.moves) for beat in beats.values()]
         if places != self._places or not beats:
             self._places, self._moved = places, now
@@ -159,17 +170,19 @@ class Watch:
             heard = (beat.pid, beat.born, beat.count)
             if self._heard.get(rank, (None, 0.0))[0] != heard:
                 self._heard[rank] = heard, now
-            elif now - self._heard[rank][1] > MISSED * period(self.limit):
+            elif now - self._heard[rank][1] > MISSED * every:
                 silent.add(rank)
-        if now - self._moved > self.limit + 2 * period(self.limit):
+        if now - self._moved > self.limit + 2 * every:
             self._end(blamed(beats, silent), silent)
             self._places, self._moved = [], time.monotonic()
             shutil.rmtree(self.run / BEATS, ignore_errors=True)
+        self._looked = time.monotonic()
 
     def _beats(self) -> dict[int, Beat]:
         found = {}
         for path in sorted((self.run / BEATS).glob("*.json")):
-            with contextlib.suppress(FileNotFoundError):  # its worker has just ended
+            # Its worker has just ended or renamed it (a network's file system says it is stale), or it is of no use.
+            with contextlib.suppress(OSError, ValueError, TypeError):
                 beat = Beat(**json.loads(path.read_text()))
                 found[beat.rank] = beat
         return found
@@ -181,6 +194,7 @@ class Watch:
         which = "does not answer" if silent else "holds the others up" if len(ended) == 1 else "stand still"
         stacks = f"; the stacks of those that could say are in {self.run / STACKS}" if self._stacks() else ""
         self.said = f"no step for {self.limit:g} s: {', '.join(map(str, ended))} {which}{stacks}"
+        self._stood = max(beat.step for beat in ended)
         print(f"{self.said}. Ended, so that the training goes on from its last checkpoint", flush=True)
 
     def _stacks(self) -> bool:
@@ -206,12 +220,20 @@ def end_process(beat: Beat) -> bool:
 def _kill(pid: int, born: float) -> bool:
     try:
         process = psutil.Process(pid)
-        if process.create_time() != born or process.status() == psutil.STATUS_ZOMBIE:
+        if _born(pid) != born or process.status() == psutil.STATUS_ZOMBIE:
             return False
         process.kill()
-    except psutil.NoSuchProcess:
+    except (psutil.NoSuchProcess, FileNotFoundError):
         return False
     return True
+
+
+def _born(pid: int) -> float:
+    """When a process began, in a count of its host that no change of the clock touches (psutil's is by the clock)."""
+    stat = Path(f"/proc/{pid}/stat")
+    if Path("/proc/self/stat").exists():
+        return float(stat.read_text().rpartition(")")[2].split()[19])
+    return float(psutil.Process(pid).create_time())
 
 
 @contextlib.contextmanager

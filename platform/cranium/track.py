@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import re
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 KEY = "cranium.key"  # the tag that makes creating a run idempotent
 STORE = "cranium.store"  # the tag of the store it was made in: two may share a server, and the keys of what they make
 PARENT = "mlflow.parentRunId"
+GONE = "killed"  # the tag of a run whose process was killed, until it is taken up again
 # MLflow's limits for one batch, one param.
 MAX_METRICS, MAX_PARAMS, MAX_TAGS, MAX_VALUE, MAX_NAME = (1000, 100, 100, 6000, 250)
 LANES = 4  # requests at a time to a server: most of each is its own work
@@ -205,6 +207,8 @@ class Tracker:
                 self.send(run_id, tags={k: v for k, v in wanted.items() if found.data.tags.get(k) != v})
                 if found.info.status in ("FAILED", "KILLED"):  # taken up again
                     self.client.update_run(run_id, status="RUNNING")
+                    if GONE in found.data.tags:
+                        self.client.delete_tag(run_id, GONE)
                 return run_id
             return str(self.client.create_run(self.experiment_id, run_name=name, tags=wanted).info.run_id)
 
@@ -303,15 +307,15 @@ class Tracker:
                     for point in self.client.get_metric_history(run_id, name)
                 }
                 points = [point for point in points if (point[0], point[3]) not in there]
-            writing = threading.Lock()
-
+            writing, broken_off = threading.Lock(), threading.Event()
             lanes = self._lanes(points)
-            size = MAX_METRICS // len(
-                lanes
-            )  # so that a slow server has no more to do before it has to answer
+            # Smaller ones, so that a slow server has no more to do before it has to answer.
+            size = MAX_METRICS // len(lanes)
 
             def drain(lane: list[Point]) -> None:
                 for start in range(0, len(lane), size):
+                    if broken_off.is_set():
+                        return
                     chunk = lane[start : start + size]
                     # If we die here, the same points come again: MLflow knows them by time.
                     self.send(run_id, chunk)
@@ -320,8 +324,12 @@ class Tracker:
                         write_atomic(marks_path, json.dumps(remembered, sort_keys=True))
 
             with ThreadPoolExecutor(len(lanes)) as pool:
-                for _ in pool.map(drain, lanes):
-                    pass
+                try:
+                    for _ in pool.map(drain, lanes):
+                        pass
+                except BaseException:  # a refusal in one, or a signal: the others need not send all they have
+                    broken_off.set()
+                    raise
             return len(points)
 
     def _lanes(self, points: list[Point]) -> list[list[Point]]:
@@ -411,8 +419,15 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def named(text: str) -> str:
-    """A metric's or param's name as MLflow takes it: letters of any script, digits and `_ - . / `; else `_`."""
-    return re.sub(r"[^\w/. -]", "_", text)[:MAX_NAME]
+    """A metric's or param's name as MLflow takes it: letters of any script, digits, `_ - . `, and `/` as in a path.
+
+    What had to be changed ends in a hash of what it was, so that two names stay two.
+    """
+    parts = re.sub(r"[^\w/. -]", "_", text).split("/")
+    name = "/".join(part for part in parts if part.strip("."))
+    if name == text and 0 < len(name) <= MAX_NAME:
+        return text
+    return f"{name[: MAX_NAME - 9]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def plain(value: Any) -> str:

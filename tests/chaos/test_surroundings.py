@@ -16,12 +16,12 @@ pytestmark = pytest.mark.chaos
 
 EXPERIMENT = {
     "name": "around",
-    "ingest": {"cohorts": ["ssl"], "contrasts": ["T1w"], **phantoms.COARSE},
+    "ingest": {"cohorts": ["ssl"], "contrasts": ["T1w"], **phantoms.COARSE, "compute": {"num_workers": 2}},
     "stream": {"lanes": 4, "window": 3},
     "pretrain": {**phantoms.PRETRAIN, "steps": 2},
 }
 CHANGE = {
-    "ingest": "lower ingest.compute.num_workers (now 1)",
+    "ingest": "lower ingest.compute.num_workers (now 2)",
     "pretrain": "pretrain.compute.prefetch_batches",
 }
 

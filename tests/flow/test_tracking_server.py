@@ -155,17 +155,21 @@ def test_a_journal_of_an_outage_comes_whole_where_sending_it_broke_off(
     with track.Journal(tmp_path / "journal") as journal:
         for step in range(1200):
             journal.metrics(step, {name: step + 0.25 for name in names[: 1 + step % len(names)]})
-    sent, broken = Tracker.send, iter([False] * 7 + [True])
+    sent, broken, points = Tracker.send, iter([False] * 7 + [True]), list[int]()
 
     def breaks(self: Tracker, run_id: str, *what: object) -> None:
         if next(broken, False):
             raise track.TrackingError("gone")
         sent(self, run_id, *what)  # type: ignore[arg-type]
+        points.append(len(what[0]))  # type: ignore[arg-type]
 
     with monkeypatch.context() as patch, pytest.raises(track.TrackingError, match="gone"):
         patch.setattr(Tracker, "send", breaks)
         tracker.replay(run, tmp_path / "journal")
-    tracker.replay(run, tmp_path / "journal")
+    everything = sum(1 + step % len(names) for step in range(1200))
+    assert 0 < sum(points) < everything
+    assert tracker.replay(run, tmp_path / "journal") == everything - sum(points)
+    assert tracker.replay(run, tmp_path / "journal") == 0
     for number, name in enumerate(names):
         history = tracker.client.get_metric_history(run, name)
         there = [step for step in range(1200) if step % len(names) >= number]

@@ -140,8 +140,8 @@ def _bootstrap(
             shares[k] = drawn / len(set(fold.groups)) if merged else 1.0
             values[k] = metric(fold.labels, fold.probs, draws[:, [column[g] for g in fold.groups]])
         # A fold that was not drawn has no say; a drawn fold without every class makes the resample undefined.
-        weighted = np.where(shares > 0, shares * values, 0.0).sum(axis=0)
-        total += sign * weighted / shares.sum(axis=0)
+        shared = np.where(shares > 0, shares * values, 0.0).sum(axis=0)
+        total += sign * shared / shares.sum(axis=0)
     kept = total[np.isfinite(total)]
     if len(kept) < MIN_KEPT * resamples:
         return Undefined(

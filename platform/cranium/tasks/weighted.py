@@ -1,7 +1,7 @@
 """The metrics of many bootstrap resamples at once: weights [r, n], how often each subject was drawn -> values [r].
 
 Each equals its namesake in `metrics` on the rows repeated by their weights (`by_resample`). NaN marks a resample
-without one of the classes; the bootstrap drops and counts it.
+without one of the classes (of Brier and ECE: without a row); the bootstrap drops and counts it.
 """
 
 from __future__ import annotations
