@@ -37,7 +37,7 @@ test-all: test test-slow  ## and the end-to-end and fault tiers
 test-slow: $(STAMP)
 	$(PYTEST) -m "(flow or chaos) and not gpu" --timeout 1200
 
-chaos: $(STAMP)  ## the fault tier: every named fault, and a few kills at random (about 25 minutes on two idle cores)
+chaos: $(STAMP)  ## the fault tier: every named fault, and a few kills at random (about half an hour on two idle cores)
 	$(PYTEST) -m "chaos and not gpu" --timeout 1200
 
 soak: $(STAMP)  ## 20 kills at random of each of ingest, pretraining and sweep, logged (KILLS=20 SCANS=2000 SEED=0)

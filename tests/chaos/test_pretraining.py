@@ -106,8 +106,8 @@ def test_a_worker_that_hangs_is_named_and_ended(shards: Artefact, tmp_path: Path
     assert said.startswith("no step for 30 s: worker ") and "does not answer" in said
     assert said.count("process") == 1, "the one that waits was ended too"
     made = Artefact(Path(facts["made"]))
-    calm = Artefact(Path(told(begin(shards, tmp_path / "calm", *changed))["made"]))
-    pretrainings.same(made, calm)
+    # That it ends as an undisturbed one is asked where a worker of two is killed (`ray/test_pretrain.py`).
+    assert [step for step, _ in pretrainings.journal(made)] == list(range(pretrainings.STEPS))
     waits = "01".replace(said.removeprefix("no step for 30 s: worker ")[0], "")
     assert "training.py" in (made.path / stall.STACKS / f"worker-{waits}.txt").read_text()
     lost = pretrainings.seconds_lost(made, facts["killed"])

@@ -126,6 +126,9 @@ def server() -> Iterator[Server]:
 def signed_in(server: Server, monkeypatch: pytest.MonkeyPatch) -> Server:
     monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "admin")
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", server.secret("admin_password"))
+    monkeypatch.setenv(
+        "MLFLOW_HTTP_REQUEST_TIMEOUT", "60"
+    )  # on a busy machine it may need more than five seconds
     return server
 
 
