@@ -202,6 +202,30 @@ def test_params_tags_and_files(tmp_path: Path, mlflow_db: str) -> None:
     )
 
 
+def test_where_one_lane_is_refused_the_others_stop_too(
+    tmp_path: Path, mlflow_db: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not after all they have, which may be that of a week: a signal has to end it as soon."""
+    tracker, sent = Tracker(mlflow_db, "study"), list[str]()
+    with Journal(tmp_path / "journal") as journal:
+        for step in range(100):
+            journal.metrics(step, dict.fromkeys("abcd", 0.5))
+    monkeypatch.setattr(track, "_sqlite", lambda uri: None)  # as a server's
+    monkeypatch.setattr(track, "MAX_METRICS", 4)  # a request a point
+
+    def send(run_id: str, chunk: list[track.Point]) -> None:
+        ((name, *_),) = chunk
+        if name == "d":
+            raise track.TrackingError("refused")
+        time.sleep(0.05)
+        sent.append(name)
+
+    monkeypatch.setattr(tracker, "send", send)
+    with pytest.raises(track.TrackingError, match="refused"):
+        tracker.replay("run", tmp_path / "journal")
+    assert len(sent) <= 30
+
+
 def test_odd_names_long_values_and_what_is_no_number_are_taken(tmp_path: Path, mlflow_db: str) -> None:  # T4
     """A label of a card may be called anything; one refused name would keep the whole journal back."""
     tracker = Tracker(mlflow_db, "study")

@@ -16,7 +16,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -324,12 +324,13 @@ class Tracker:
                         write_atomic(marks_path, json.dumps(remembered, sort_keys=True))
 
             with ThreadPoolExecutor(len(lanes)) as pool:
+                sending = [pool.submit(drain, lane) for lane in lanes]
                 try:
-                    for _ in pool.map(drain, lanes):
-                        pass
-                except BaseException:  # a refusal in one, or a signal: the others need not send all they have
+                    wait(sending, return_when=FIRST_EXCEPTION)
+                finally:  # a refusal in one, or a signal: the others need not send all they have
                     broken_off.set()
-                    raise
+            for lane_sent in sending:
+                lane_sent.result()
             return len(points)
 
     def _lanes(self, points: list[Point]) -> list[list[Point]]:
