@@ -15,13 +15,13 @@ import pytest
 import ray
 from cranium import stall
 from cranium.config import UserError
-from cranium.stall import Beat, Standing, Watch
+from cranium.stall import Heartbeat, Standing, Watch
 
 LIMIT = 600.0
 
 
-def beat(rank: int, moves: int = 9, waits: bool = True, count: int = 1) -> Beat:
-    return Beat(rank, "host", "node", 100 + rank, 1.5, count, moves, 3, "step", waits)
+def beat(rank: int, moves: int = 9, waits: bool = True, count: int = 1) -> Heartbeat:
+    return Heartbeat(rank, "host", "node", 100 + rank, 1.5, count, moves, 3, "step", waits)
 
 
 @pytest.mark.parametrize(
@@ -34,7 +34,7 @@ def beat(rank: int, moves: int = 9, waits: bool = True, count: int = 1) -> Beat:
         ([beat(0, moves=9, waits=False), beat(1, moves=8)], set(), [1]),  # who is ahead holds nobody up
     ],
 )
-def test_who_is_blamed(beats: list[Beat], silent: set[int], expected: list[int]) -> None:
+def test_who_is_blamed(beats: list[Heartbeat], silent: set[int], expected: list[int]) -> None:
     assert [one.rank for one in stall.blamed({one.rank: one for one in beats}, silent)] == expected
 
 
@@ -47,11 +47,11 @@ class Clock:
         patch.setattr(stall, "end_process", self._end)
         self.watch = Watch(run, LIMIT)
 
-    def _end(self, of: Beat) -> bool:
+    def _end(self, of: Heartbeat) -> bool:
         self.ended += [of.rank] if self.alive else []
         return self.alive
 
-    def after(self, seconds: float, *beats: Beat) -> None:
+    def after(self, seconds: float, *beats: Heartbeat) -> None:
         """Look every five seconds for so long; each worker beats all the while unless its count is 0."""
         for _ in range(int(seconds / 5)):
             self.now += 5

@@ -1,8 +1,8 @@
 """A training that stands still: which worker holds the others up, where it is, and its end. [Ray Train]
 
 The workers of a step wait for each other, so one that hangs stops them all, silently, until the collective's own time
-limit (30 minutes). Every worker therefore leaves a beat in the run's folder, with how far it is; the command compares
-them, and ends the one the others wait for. Ray then starts all of them again from the last checkpoint.
+limit (30 minutes). Every worker therefore leaves a heartbeat in the run's folder, with how far it is; the command
+compares them, and ends the one the others wait for. Ray then starts all of them again from the last checkpoint.
 """
 
 from __future__ import annotations
@@ -24,13 +24,11 @@ import psutil
 from cranium.config import UserError
 from cranium.watch import repeatedly
 
-BEATS = "beats"  # below a run's folder: how far each worker is
+BEATS = "heartbeats"  # below a run's folder: how far each worker is
 STACKS = "stalled"  # where the threads of those that stood still were, by worker
 MISSED = 4  # beats in a row: the process is stopped, or its host is
-# Where a worker waits for others: collectives, the backward pass, Ray's report of a checkpoint.
-WAITING = tuple(
-    os.path.join(*parts) for parts in (("torch", "distributed"), ("torch", "autograd"), ("ray", "train"))
-)
+# Where a worker waits for others: collectives, and the backward pass, in which gradients are exchanged.
+WAITING = (os.path.join("torch", "distributed"), os.path.join("torch", "autograd"))
 
 
 @dataclass
@@ -46,7 +44,7 @@ class Standing:
 
 
 @dataclass(frozen=True)
-class Beat:
+class Heartbeat:
     """What a worker says of itself."""
 
     rank: int
@@ -88,7 +86,7 @@ def beating(run: Path, rank: int, limit: float, standing: Standing) -> Iterator[
         if standing.moves != moves:
             moves, since = standing.moves, time.monotonic()
         still = time.monotonic() - since > limit
-        told = Beat(
+        told = Heartbeat(
             rank, os.uname().nodename, node, os.getpid(), born, count, waits=_waits(works),
             **asdict(standing),
         )  # fmt: skip
@@ -129,7 +127,7 @@ def _write_stacks(path: Path) -> None:
 # ---- the command ----------------------------------------------------------------------------------------------------
 
 
-def blamed(beats: Mapping[int, Beat], silent: set[int]) -> list[Beat]:
+def blamed(beats: Mapping[int, Heartbeat], silent: set[int]) -> list[Heartbeat]:
     """Whom the others wait for: those that do not answer, else those least far, else those that wait for nobody.
 
     All of them where nothing tells them apart: on a GPU a worker's own work and waiting look alike from outside.
@@ -178,16 +176,16 @@ class Watch:
             shutil.rmtree(self.run / BEATS, ignore_errors=True)
         self._looked = time.monotonic()
 
-    def _beats(self) -> dict[int, Beat]:
+    def _beats(self) -> dict[int, Heartbeat]:
         found = {}
         for path in sorted((self.run / BEATS).glob("*.json")):
             # Its worker has just ended or renamed it (a network's file system says it is stale), or it is of no use.
             with contextlib.suppress(OSError, ValueError, TypeError):
-                beat = Beat(**json.loads(path.read_text()))
+                beat = Heartbeat(**json.loads(path.read_text()))
                 found[beat.rank] = beat
         return found
 
-    def _end(self, guilty: list[Beat], silent: set[int]) -> None:
+    def _end(self, guilty: list[Heartbeat], silent: set[int]) -> None:
         ended = [beat for beat in guilty if end_process(beat)]
         if not ended:
             return  # they were gone, and the ones that follow have not beaten yet
@@ -201,7 +199,7 @@ class Watch:
         return any((self.run / STACKS).glob("worker-*.txt"))
 
 
-def end_process(beat: Beat) -> bool:
+def end_process(beat: Heartbeat) -> bool:
     """SIGKILL to a worker, by a task on its node; whether it was there. A node that is gone is Ray's own matter."""
     from ray.exceptions import RayError
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy

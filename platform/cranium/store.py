@@ -22,7 +22,7 @@ from cranium.config import UserError, fingerprint
 MANIFEST = "manifest.json"
 TOMBSTONE = "tombstone.json"  # of an artefact that depended on a subject who was forgotten
 SCHEMA_VERSION = 1
-IDENTITY = "id"  # a file of the store
+IDENTITY = "store-id"  # a file of the store
 
 
 @dataclass(frozen=True)
