@@ -25,7 +25,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cranium import checkpoint, cluster, pretrain, restart, track, training
+from cranium import checkpoint, cluster, journals, pretrain, restart, training
 from cranium.config import Experiment, Machine
 from cranium.dinov2.method import DINOv2
 from cranium.store import Artefact
@@ -93,7 +93,7 @@ def journal(made: Artefact) -> list[tuple[int, dict[str, float]]]:
     """Steps and what was measured of the training, not of the machine."""
     return [
         (e.step, {k: v for k, v in e.metrics.items() if not k.startswith("sys/")})
-        for e in track.read_journal(made.path / pretrain.JOURNAL)
+        for e in journals.read(made.path / pretrain.JOURNAL)
     ]
 
 

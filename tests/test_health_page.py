@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 import courses
-from cranium import health_page, store, track
+from cranium import health_page, journals, store
 from cranium.config import UserError
 from cranium.course import Course, by_metric, limits
 
@@ -217,7 +217,7 @@ def test_a_page_that_cannot_be_made_hides_no_error(tmp_path: Path) -> None:
 
 def test_values_that_are_not_finite_are_left_out() -> None:
     entries = [
-        track.Entry(step, {"train/loss": loss}, 0.0, "a")
+        journals.Entry(step, {"train/loss": loss}, 0.0, "a")
         for step, loss in enumerate([1.0, math.nan, math.inf, 2.0])
     ]
     assert by_metric(entries) == {"train/loss": {0: 1.0, 3: 2.0}}

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from cranium import config, recording, store, sweep, track
+from cranium import config, journals, recording, store, sweep, track
 from cranium.study import Study
 from test_sweep import experiment, features, sets
 
@@ -182,7 +182,7 @@ def test_two_stores_with_one_server_have_runs_of_their_own(
         for _ in range(2):  # a command, and the same again
             one = Study(study.exp, machine, {}, Console(quiet=True))
             made = store.Artefact(machine.store / "pretrain" / "scratch-0")
-            with track.Journal(made.path / "journal", resume=0) as journal:
+            with journals.Journal(made.path / "journal", resume=0) as journal:
                 journal.metrics(0, {"train/loss": float(number)})
             with recording.live(one, "scratch", made, lambda done, total, text: None) as live:
                 live(1, 2, "steps")
@@ -197,7 +197,7 @@ def test_a_run_deleted_by_hand_comes_anew_and_whole(study: Study, monkeypatch: p
     monkeypatch.setattr(recording, "LIVE_SECONDS", 0.0)
     made = store.Artefact(study.machine.store / "pretrain" / "scratch-0")
     client = track.Tracker(study.machine.tracking, study.exp.name).client
-    with track.Journal(made.path / "journal") as journal:
+    with journals.Journal(made.path / "journal") as journal:
 
         def command(*steps: int, deleted: bool = False) -> None:
             with recording.live(study, "scratch", made, lambda done, total, text: None) as live:

@@ -13,13 +13,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cranium import track
+from cranium import journals, track
 from cranium.config import UserError
-from cranium.track import Journal, Tracker, read_journal
+from cranium.journals import Journal
+from cranium.track import Tracker
 
 
 def _steps(folder: Path) -> list[tuple[int, str]]:
-    return [(entry.step, entry.attempt) for entry in read_journal(folder)]
+    return [(entry.step, entry.attempt) for entry in journals.read(folder)]
 
 
 def test_a_resume_voids_what_the_checkpoint_does_not_hold(tmp_path: Path) -> None:
@@ -58,19 +59,19 @@ def test_a_torn_last_line_is_dropped_and_damage_elsewhere_refused(tmp_path: Path
         assert _steps(tmp_path) == [(1, "a")]
     path.write_bytes(whole.replace(b'{"step": 1', b'{"step" 1'))
     with pytest.raises(UserError) as refused:
-        read_journal(tmp_path)
+        journals.read(tmp_path)
     assert refused.value.code == "JOURNAL" and "line 2" in str(refused.value)
 
 
 def test_a_line_is_on_disk_before_the_next_step(tmp_path: Path) -> None:
     journal = Journal(tmp_path, "a")
     journal.metrics(1, {"train/loss": 1.5})
-    assert read_journal(tmp_path)[0].metrics == {"train/loss": 1.5}  # not closed, as after a SIGKILL
+    assert journals.read(tmp_path)[0].metrics == {"train/loss": 1.5}  # not closed, as after a SIGKILL
     journal.close()
 
 
 def test_no_journal_is_an_empty_one(tmp_path: Path) -> None:
-    assert read_journal(tmp_path / "nothing") == []
+    assert journals.read(tmp_path / "nothing") == []
 
 
 def test_replay_sends_every_point_once(tmp_path: Path, mlflow_db: str) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from cranium import cli, track, track_move
-from cranium.track import Journal, Tracker
+from cranium.journals import Journal
+from cranium.track import Tracker
 
 STEPS = 1200  # more points than one batch takes
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from cranium import capture, corpora, meters, restart, stream, track, training, update
+from cranium import capture, corpora, journals, meters, restart, stream, training, update
 from cranium.config import Loss, Optimiser, Pretrain, Stream
 from cranium.dinov2.method import DINOv2, Student, parameter_groups
 from cranium.dinov2.schedules import scaled_momentum
@@ -129,7 +129,7 @@ def looped(
     monkeypatch.setattr(update, "backward", backward)
     optimiser = torch.optim.AdamW(parameter_groups(method.plain_student, 0.04, 0.9, 0.2), fused=True)
     position = Position()
-    with track.Journal(folder / "journal") as journal:
+    with journals.Journal(folder / "journal") as journal:
         run = training.Run(
             folder, torch.device("cpu"), 1, corpus, stream.order(Stream(lanes=4, window=3), 8, 0), journal
         )
@@ -140,7 +140,7 @@ def looped(
         )
         captured = training._loop(spec, method, optimiser, batches, position, run, clock, meter)
     assert clock.spent["step"] > 0.9 * sum(clock.spent.values()) - clock.spent["data_wait"] > 0
-    return captured, position, saved, [dict(e.metrics) for e in track.read_journal(folder / "journal")]
+    return captured, position, saved, [dict(e.metrics) for e in journals.read(folder / "journal")]
 
 
 def test_a_step_that_is_not_finite_ends_the_loop_after_a_checkpoint_of_those_before(

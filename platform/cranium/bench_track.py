@@ -17,7 +17,7 @@ from pathlib import Path
 
 from pydantic import Field
 
-from cranium import bench, track
+from cranium import bench, journals, track
 
 # What a step of a pretraining logs.
 STEP = {name: math.pi for name in track.METRICS if name.startswith("train/")}
@@ -79,7 +79,7 @@ def run(spec: Spec, say: Callable[[str], None]) -> bench.Result:
 
 
 def _write(folder: Path, steps: int) -> Path:
-    with track.Journal(folder, "bench") as journal:
+    with journals.Journal(folder, "bench") as journal:
         for step in range(steps):
             journal.metrics(step, STEP)
     return folder

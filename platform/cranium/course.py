@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from cranium import monitor, track, training
+from cranium import journals, monitor, training
 from cranium.config import Experiment, Pretrain
 from cranium.dinov2 import health
 from cranium.figures.health import Limits
@@ -53,8 +53,8 @@ class Course:
         return self.exp.pretrain
 
     @cached_property
-    def entries(self) -> list[track.Entry]:
-        return track.read_journal(self.made.path / JOURNAL)
+    def entries(self) -> list[journals.Entry]:
+        return journals.read(self.made.path / JOURNAL)
 
     @cached_property
     def attempts(self) -> list[Attempt]:
@@ -73,7 +73,7 @@ class Course:
     @cached_property
     def looks(self) -> Metrics:
         """Of the teacher; step 0 is the backbone it started from."""
-        return by_metric(track.read_journal(self.made.path / monitor.FOLDER / JOURNAL))
+        return by_metric(journals.read(self.made.path / monitor.FOLDER / JOURNAL))
 
     @property
     def lost_looks(self) -> dict[int, str]:
@@ -118,7 +118,7 @@ def _attempt(path: Path) -> Attempt:
     )
 
 
-def by_metric(entries: Sequence[track.Entry]) -> Metrics:
+def by_metric(entries: Sequence[journals.Entry]) -> Metrics:
     """Finite values by metric and step."""
     found: Metrics = {}
     for entry in entries:

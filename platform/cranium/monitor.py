@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 
-from cranium import adapt, checkpoint, embed, store, track
+from cranium import adapt, checkpoint, embed, journals, store
 from cranium.config import Classification, Monitor
 from cranium.models import probe
 from cranium.models.vit import Backbone
@@ -209,7 +209,7 @@ def _measure_all(folder: Path, shard_set: Artefact, spec: Monitor) -> None:
                 (step / checkpoint.BACKBONE).unlink()
                 continue
             store.write_atomic(step / MEASURED, json.dumps(found))
-            with track.Journal(folder / "journal", f"step{step.name}", resume=int(step.name)) as journal:
+            with journals.Journal(folder / "journal", f"step{step.name}", resume=int(step.name)) as journal:
                 journal.metrics(int(step.name), found)
             (step / checkpoint.BACKBONE).unlink()
 

@@ -23,11 +23,11 @@ from cranium import (
     corpora,
     errors,
     health_page,
+    journals,
     monitor,
     restart,
     stall,
     store,
-    track,
     training,
 )
 from cranium.config import PRETRAINED_HERE, Experiment, Machine, Pretrain, UserError, canonical
@@ -295,7 +295,7 @@ def _watched(journal: Path, steps: int, progress: Progress | None) -> Iterator[N
     """Tell `progress` what the journal says, while the workers write it."""
 
     def tell() -> None:
-        if progress and (entries := track.read_journal(journal)):
+        if progress and (entries := journals.read(journal)):
             last = entries[-1]
             loss, rate = last.metrics.get("train/loss", math.nan), last.metrics["sys/stacks_per_second"]
             progress(last.step + 1, steps, f"loss {loss:.3f}, {rate:.0f} stacks/s")

@@ -19,7 +19,18 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from cranium import allocator, capture, checkpoint, corpora, meters, restart, stall, store, stream, track
+from cranium import (
+    allocator,
+    capture,
+    checkpoint,
+    corpora,
+    journals,
+    meters,
+    restart,
+    stall,
+    store,
+    stream,
+)
 from cranium.config import Crops, Experiment, Loss, Optimiser, Pretrain, fingerprint
 from cranium.dinov2 import anomaly, schedules
 from cranium.dinov2.crops import CropSpec
@@ -105,7 +116,7 @@ def _train(payload: dict[str, Any], standing: stall.Standing) -> dict[str, Any]:
     if replay is not None:
         run = Run(folder, device, world, corpus, order)
         return {"replayed": _replayed(spec, method, optimiser, batches, run, replay)}
-    journal = track.Journal(folder / JOURNAL, uuid.uuid4().hex[:8], position.step) if rank == 0 else None
+    journal = journals.Journal(folder / JOURNAL, uuid.uuid4().hex[:8], position.step) if rank == 0 else None
     card = {
         "channels": list(corpus.channels),
         "preprocessing_hash": payload["preprocessing_hash"],
@@ -142,7 +153,7 @@ class Run:
     world: int
     corpus: corpora.Corpus
     order: plan.Order
-    journal: track.Journal | None = None
+    journal: journals.Journal | None = None
     card: dict[str, Any] = field(default_factory=dict)  # of exported backbones
     standing: stall.Standing = field(default_factory=stall.Standing)
 

@@ -19,7 +19,7 @@ from mlflow import MlflowClient  # noqa: TID251  (a second opinion on what track
 import phantoms
 import pretrainings
 import random_kills
-from cranium import pretrain, store, track
+from cranium import journals, pretrain, store, track
 from cranium.store import Artefact
 from random_kills import Command, Disturbed
 
@@ -82,7 +82,7 @@ def test_killed_at_random_it_ends_as_an_undisturbed_one(base: Path, tmp_path: Pa
 
     def done() -> int:
         path = folder()
-        entries = track.read_journal(path / pretrain.JOURNAL) if path else []
+        entries = journals.read(path / pretrain.JOURNAL) if path else []
         return entries[-1].step + 1 if entries else 0
 
     draw = random.Random(random_kills.SEED)
@@ -109,7 +109,5 @@ def _tracked_once(home: Path, made: Artefact) -> None:
     (run,) = client.search_runs([experiment.experiment_id])
     assert run.info.status == "FINISHED" and run.data.tags[track.KEY] == made.id
     sent = {(point.step, point.value) for point in client.get_metric_history(run.info.run_id, "train/loss")}
-    assert sent == {
-        (e.step, e.metrics["train/loss"]) for e in track.read_journal(made.path / pretrain.JOURNAL)
-    }
+    assert sent == {(e.step, e.metrics["train/loss"]) for e in journals.read(made.path / pretrain.JOURNAL)}
     assert len(client.get_metric_history(run.info.run_id, "train/loss")) == STEPS

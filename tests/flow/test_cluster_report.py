@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 import hosts
 import phantoms
-from cranium import track
+from cranium import journals
 
 pytestmark = pytest.mark.flow
 COHORTS = {"ssl": 8, "home": 18, "away": 6}
@@ -153,7 +153,7 @@ def assert_same_journal(pretrained: Path, calm: Path) -> None:
     ours, theirs = (
         [
             (e.step, {k: v for k, v in e.metrics.items() if not k.startswith("sys/")})
-            for e in track.read_journal(of)
+            for e in journals.read(of)
         ]
         for of in (pretrained / "journal", calm / "journal")
     )

@@ -21,7 +21,7 @@ import psutil
 import pytest
 import yaml
 
-from cranium import track
+from cranium import journals, track
 from cranium.track import Tracker
 
 pytestmark = pytest.mark.flow
@@ -135,7 +135,7 @@ def signed_in(server: Server, monkeypatch: pytest.MonkeyPatch) -> Server:
 def test_cranium_tracks_into_it(signed_in: Server, tmp_path: Path) -> None:
     tracker = track.Tracker(signed_in.uri, "postgres")
     parent = tracker.run("sweep", "a sweep", {"init": "scratch"})
-    with track.Journal(tmp_path / "journal") as journal:
+    with journals.Journal(tmp_path / "journal") as journal:
         for step in range(1500):
             journal.metrics(step, {"train/loss": 1 / (step + 1), "train/lr": 1e-4})
     assert tracker.replay(parent, tmp_path / "journal") == 3000
@@ -155,7 +155,7 @@ def test_a_journal_of_an_outage_comes_whole_where_sending_it_broke_off(
     """Metrics are sent side by side; one request fails, and the next command sends what is left, each point once."""
     tracker, names = track.Tracker(signed_in.uri, "outage"), [f"train/{letter}" for letter in "abcdefg"]
     run = tracker.run("long", "long", {})
-    with track.Journal(tmp_path / "journal") as journal:
+    with journals.Journal(tmp_path / "journal") as journal:
         for step in range(1200):
             journal.metrics(step, {name: step + 0.25 for name in names[: 1 + step % len(names)]})
     sent, broken, points = Tracker.send, iter([False] * 7 + [True]), list[int]()

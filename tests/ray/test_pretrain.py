@@ -11,7 +11,7 @@ import psutil
 import pytest
 import torch
 
-from cranium import checkpoint, pretrain, restart, track
+from cranium import checkpoint, journals, pretrain, restart
 from cranium.config import Machine
 from cranium.store import Artefact
 from pretrainings import STEPS, experiment, journal, last_state, same
@@ -35,7 +35,7 @@ def test_a_run_is_whole_and_done_once(undisturbed: Artefact, shards: Artefact):
     manifest = undisturbed.manifest()
     assert manifest["steps"] == STEPS and manifest["init"] == "scratch"
     assert [step for step, _ in journal(undisturbed)] == list(range(STEPS))
-    looks = track.read_journal(undisturbed.path / "monitor" / "journal")
+    looks = journals.read(undisturbed.path / "monitor" / "journal")
     assert [look.step for look in looks] == [0, 16, 32, STEPS]
     assert all(set(look.metrics) == {"monitor/knn_position", "monitor/knn_contrast"} for look in looks)
     assert not list((undisturbed.path / "monitor").rglob("*.safetensors"))
